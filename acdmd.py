@@ -1,0 +1,321 @@
+"""Stage 1, AC-DMD: distil a guided many-step teacher into a 4-step generator without guidance.
+
+Ambient-consistent distribution matching, section 3 and appendices B-F of "Reinforcing Few-step Generators via
+Reward-Tilted Distribution Matching" (arXiv 2605.26108). Teacher psi, generator theta and fake score phi are one frozen
+transformer with different LoRA adapters. Each iteration:
+
+1. Rollout: draw k in {1..4}, walk k CPS steps of the generator from x ~ N(0, I); x_s lies at noise level s = sigma_{k+1}.
+2. Fake score: re-noise x_s to x_t with t in (s, 1), fit v_phi to the ambient target v* (L_ac), and keep it consistent
+   along its own trajectories (L_cons):                                  L_fake = L_ac + gamma L_cons
+3. Generator, every `--fake_update_ratio`-th iteration, on a rollout of its own: walk x_t back to s with teacher and fake
+   score; their difference is the gradient:                              dL_G/dx_s ~ x_s^phi - x_s^psi
+4. EMA of the generator's adapter.
+
+    python acdmd.py                                                      the classroom, minutes on a laptop CPU
+    torchrun --nproc_per_node=8 acdmd.py --model sd3 --prompts FILE      the published setting
+
+Writes to --out: args.json, log.jsonl, samples/, step_NNNNNN/ (the two newest) and final/ with the adapters generator,
+generator_ema and fake. final/generator_ema is the result; rtdmd.py goes on from final/.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import models
+import rewards
+from models import cps_step, renoise, seeded
+
+SCHEDULE = (1000, 750, 500, 250)  # raw timesteps of the four steps, before the backbone's shift
+PRESETS = {  # method: published settings of each backbone; the classroom's were measured (README)
+    "sd3": dict(guidance_scale=7.0, lr=3e-5, lr_fake=3e-5),
+    "sd35": dict(guidance_scale=4.5, lr=3e-5, lr_fake=3e-5),
+    "classroom": dict(
+        guidance_scale=2.5,
+        lr=1e-3,
+        lr_fake=1e-3,
+        batch_size=32,
+        steps=700,
+        fake_update_ratio=2,
+        consistency_batch=8,
+        lr_decay=0.3,
+        dtype="float32",
+        checkpointing=False,
+        out=Path("out/classroom/acdmd"),
+        sample_every=200,
+        save_every=200,
+    ),
+}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = p.add_argument
+    add("--model", default="classroom", choices=PRESETS, help="backbone; picks the preset that other flags override")
+    add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
+    add("--resolution", type=int, help="pixels a side (default: the backbone's)")
+    add("--prompts", type=Path, help=".txt, .jsonl or .json; the classroom makes its own. Paper: Pick-a-Pic captions")
+    add("--out", type=Path, default=Path("out/acdmd"), help="run folder")
+    add("--resume", type=Path, help="run folder or step_NNNNNN folder to go on from")
+    add("--seed", type=int, default=0, help="covers prompts, noise, k, t, delta and the adapters' initial weights")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing")
+    add("--wandb", action="store_true", help="log to Weights & Biases too")
+    add("--steps", type=int, default=5000, help="iterations: fake-score updates")
+    add("--batch_size", type=int, default=9, help="images a process; paper: 9 on each of 8 GPUs")
+    add("--lr", type=float, default=3e-5, help="learning rate of the generator")
+    add("--lr_fake", type=float, default=3e-5, help="learning rate of the fake score")
+    add("--lr_decay", type=float, default=0.0, help="share of the run over which both fall to 0 at its end; paper: 0")
+    add("--fake_update_ratio", type=int, default=10, help="fake-score updates per generator update (TTUR); paper: 10")
+    add("--rank", type=int, default=32, help="LoRA rank; alpha is twice that. Paper: 32")
+    add("--guidance_scale", type=float, default=4.5, help="classifier-free guidance of the teacher in L_G")
+    add("--eta", type=float, default=0.9, help="CPS stochasticity, 0 ODE to 1 full re-noising; paper: 0.9")
+    add("--gamma", type=float, default=0.01, help="weight of L_cons; paper: 0.01. 0: ablation without consistency")
+    add("--delta_max", type=int, default=200, help="L_cons: largest step back in time, in timesteps; paper: 200")
+    add("--consistency_batch", type=int, help="L_cons on this many samples of the batch (default: all)")
+    add("--plain_dmd", action="store_true", help="ablation: match x0_hat of every step at s = 0, no sub-intervals")
+    add("--ema_decay", type=float, default=0.99, help="paper: 0.99, every iteration")
+    add("--log_every", type=int, default=10, help="iterations")
+    add("--sample_every", type=int, default=500, help="iterations between sample grids; 0: none")
+    add("--save_every", type=int, default=500, help="iterations between checkpoints")
+    known, _ = p.parse_known_args(argv)
+    p.set_defaults(**PRESETS[known.model])
+    args = p.parse_args(argv)
+    for name in ("steps", "batch_size", "fake_update_ratio", "rank", "delta_max", "log_every", "save_every"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    if not 0 <= args.eta <= 1:
+        p.error(f"--eta {args.eta}: allowed is 0 (ODE) to 1 (full re-noising); the paper uses 0.9")
+    if args.prompts is None and args.model != "classroom":
+        p.error(f"--model {args.model} needs --prompts FILE (.txt, .jsonl or .json)")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the losses: tensors in, tensors out, float32
+
+
+def fake_score_loss(v_fake, target, sigma_ts, max_weight=10.0):
+    """L_ac = mean(w (sigma_ts v_phi - sigma_ts v*)^2), w = clamp(1/sigma_ts^2, 0, max_weight). target is sigma_ts v*.
+
+    v_fake, target: [B, C, H, W]; sigma_ts: [B] or [B, 1, 1, 1]. Ambient denoising score matching, App. D; see renoise.
+    """
+    sigma_ts = models.per_sample(sigma_ts, target)
+    weight = (1 / sigma_ts**2).clamp(0, max_weight)
+    return (weight * (sigma_ts * v_fake - target).square()).mean()
+
+
+def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise_1, noise_2):
+    """L_cons = mean((h(x'_1, t') - h(x_t, t)) (h(x'_2, t') - h(x_t, t))),   h(x, sigma) = x - sigma v_phi(x, sigma).
+
+    The optimal fake score is self-consistent: averaged over one of its own transitions t -> t', h does not move (App. E).
+    The square of that average needs two independent transitions x'_1, x'_2; one alone would add its variance (App. F).
+
+    predict(x, sigma) -> v_phi, called once on both transitions as [2B, C, H, W]; v_t = v_phi(x_t, sigma_t), with gradient;
+    delta: [B] integer timesteps to go back. Gradients flow through the three h, not through the transitions.
+    """
+    sigma_t = models.per_sample(sigma_t, x_t).expand(len(x_t), 1, 1, 1)
+    sigma_back = (sigma_t - models.per_sample(delta, x_t) / 1000).clamp(min=0)
+    x_1, x_2 = (cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in (noise_1, noise_2))
+    v_1, v_2 = predict(torch.cat([x_1, x_2]), torch.cat([sigma_back, sigma_back]).flatten()).float().chunk(2)
+    h_t, h_1, h_2 = x_t - sigma_t * v_t, x_1 - sigma_back * v_1, x_2 - sigma_back * v_2
+    return ((h_1 - h_t) * (h_2 - h_t)).mean()
+
+
+def distribution_matching_loss(x_s, x_s_fake, x_s_teacher):
+    """L_G = mean((x_s - stopgrad(x_s - g))^2) / 2, so that dL_G/dx_s = g / numel with
+
+        g = (x_s^phi - x_s^psi) / mean|x_s - x_s^psi|     (mean per sample; a zero normaliser gives that sample g = 0)
+
+    x_s: the generator's sample, with gradient; x_s_fake, x_s_teacher: where fake score and teacher take x_t back to s.
+    """
+    with torch.no_grad():
+        scale = (x_s - x_s_teacher).abs().flatten(1).mean(1)
+        g = torch.nan_to_num((x_s_fake - x_s_teacher) / models.per_sample(scale, x_s), nan=0.0, posinf=0.0, neginf=0.0)
+    return 0.5 * (x_s - (x_s - g).detach()).square().mean()
+
+
+def draw_t(u, sigma_s):
+    """t as a noise level: 1000 t ~ U(1000 s + 10, 1000), clamped to [20, 980]. u: uniform draws [B]."""
+    low = 1000 * sigma_s + 10
+    return ((1000 - low) * u + low).clamp(20, 980) / 1000
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# functions that call the networks
+
+
+def rollout(backbone, cond, sigmas, k, args, indices, key, grad=False):
+    """Walk k CPS steps of the generator from noise, with gradient in the k-th only: (x_s, s). Appendix B.
+
+    With --plain_dmd the k-th step jumps to 0 instead: x_s = x0_hat and s = 0, as in DMD2 (App. K).
+    """
+    shape, device = backbone.latent_shape, backbone.device
+    x = models.draw(torch.randn, shape, indices, *key, "start").to(device)
+    for j in range(k):
+        last = j == k - 1
+        sigma_next = 0.0 if last and args.plain_dmd else sigmas[j + 1]
+        noise = models.draw(torch.randn, shape, indices, *key, "step", j).to(device)
+        with torch.set_grad_enabled(grad and last):
+            v = backbone.velocity(x, sigmas[j], cond, role="generator")
+            x = cps_step(x, v, sigmas[j], sigma_next, args.eta, noise)
+    return x, sigma_next
+
+
+def fake_losses(backbone, cond, x_s, sigma_s, args, indices, key):
+    """(L_ac, L_cons) on one batch of rollouts."""
+    shape, device = backbone.latent_shape, backbone.device
+    noise = models.draw(torch.randn, shape, indices, *key, "z").to(device)
+    sigma_t = draw_t(models.draw(torch.rand, (), indices, *key, "t").to(device), sigma_s)
+    x_t, target, sigma_ts = renoise(x_s, sigma_s, sigma_t, noise)
+    v_t = backbone.velocity(x_t, sigma_t, cond, role="fake")
+    loss_ac = fake_score_loss(v_t, target, sigma_ts)
+    if args.gamma == 0:
+        return loss_ac, torch.zeros_like(loss_ac)
+    n = args.consistency_batch or len(x_s)
+    delta = torch.cat(
+        [torch.randint(1, args.delta_max + 1, (1,), generator=seeded(*key, "d", int(i))) for i in indices]
+    )
+    noise_1, noise_2 = (models.draw(torch.randn, shape, indices[:n], *key, name).to(device) for name in ("z1", "z2"))
+    twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
+    loss_cons = consistency_loss(
+        lambda x, sigma: backbone.velocity(x, sigma, twice, role="fake"),
+        x_t[:n], sigma_t[:n], v_t[:n], delta[:n].to(device), args.eta, noise_1, noise_2,
+    )  # fmt: skip
+    return loss_ac, loss_cons
+
+
+def generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key):
+    """L_G: re-noise x_s to t, walk back to s once with the guided teacher and once with the fake score, same noise."""
+    shape, device = backbone.latent_shape, backbone.device
+    with torch.no_grad():
+        noise, back = (models.draw(torch.randn, shape, indices, *key, name).to(device) for name in ("z", "back"))
+        sigma_t = draw_t(models.draw(torch.rand, (), indices, *key, "t").to(device), sigma_s)
+        x_t, _, _ = renoise(x_s, sigma_s, sigma_t, noise)
+        v_teacher = backbone.velocity(x_t, sigma_t, cond, args.guidance_scale, uncond, role="teacher")
+        v_fake = backbone.velocity(x_t, sigma_t, cond, role="fake")
+        x_s_teacher = cps_step(x_t, v_teacher, sigma_t, sigma_s, args.eta, back)
+        x_s_fake = cps_step(x_t, v_fake, sigma_t, sigma_s, args.eta, back)
+    return distribution_matching_loss(x_s, x_s_fake, x_s_teacher)
+
+
+def update(optimizer, loss, lr, world_size):
+    """One optimiser step, gradient norm clipped at 1. Returns the norm; stops the run if it is not finite."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    loss.backward()
+    models.average_gradients(parameters, world_size)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    return norm
+
+
+def main(args):
+    # set-up, models, optimisers
+    rank, world_size, device = models.setup_distributed(args.device)
+    stop = models.StopSignal()
+    pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts()
+    prompts = [prompt for prompt, _ in pairs]
+    backbone = models.load(args.model, args.weights, device, getattr(torch, args.dtype), args.resolution)
+    transformer = backbone.transformer
+    backbone.roles |= {"generator": ("generator",), "fake": ("fake",), "ema": ("generator_ema",)}
+    names = ("generator", "generator_ema", "fake")
+    start, state = 0, None
+    if args.resume:
+        state = models.load_checkpoint(args.resume, transformer, names)
+        start = state["step"]
+    else:
+        for name in names:
+            init = seeded(args.seed, "init", name.removesuffix("_ema"))
+            models.add_adapter(transformer, name, args.rank, 2 * args.rank, generator=init, trainable="ema" not in name)
+    generator, average, fake = (models.adapter_parameters(transformer, name) for name in names)
+    optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=0.0, fused=True)
+    optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=True)
+    ema = models.EMA(generator, average, args.ema_decay)
+    if state:
+        optimizer.load_state_dict(state["optimizer"]), optimizer_fake.load_state_dict(state["optimizer_fake"])
+    if args.checkpointing:
+        models.enable_checkpointing(transformer)
+
+    sigmas = backbone.sigmas(SCHEDULE)
+    uncond = backbone.encode([""])
+    batch = args.batch_size * world_size
+    indices = range(rank * args.batch_size, (rank + 1) * args.batch_size)  # samples are numbered over all ranks
+    say = print if rank == 0 else lambda *_: None
+    say(f"{args.model}: {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters with adapters, ")
+    say(f"{sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score; on {device}")
+    say(
+        f"{batch} images an iteration, {args.steps} iterations, {args.steps // args.fake_update_ratio} generator updates"
+    )
+    say(f"sigmas {[round(s, 4) for s in sigmas]}, eta {args.eta}, {len(prompts)} prompts, writing to {args.out}")
+    log = models.RunLog(args.out, rank, args, args.wandb)
+
+    def checkpoint(step, final=False):
+        if rank == 0:
+            state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
+            models.save_checkpoint(args.out, step, transformer, names, state, args, final=final)
+
+    def batch_for(step, use):
+        """Text embeddings of this rank's prompts and the shared k. Fake score and generator draw their own."""
+        g = seeded(args.seed, step, use)
+        k = int(torch.randint(1, len(SCHEDULE) + 1, (1,), generator=g))
+        picks = torch.randint(len(prompts), (batch,), generator=g)[indices.start : indices.stop]
+        return backbone.encode([prompts[i] for i in picks]), k, (args.seed, step, use)
+
+    window, last_log = {}, time.perf_counter()
+    bar = tqdm(range(start, args.steps), "AC-DMD", initial=start, total=args.steps, disable=rank > 0)
+    for step in bar:
+        lr_scale = min(1.0, (args.steps - step) / (args.lr_decay * args.steps)) if args.lr_decay else 1.0
+
+        # 1) rollout, 2) fake score
+        cond, k, key = batch_for(step, "fake")
+        x_s, sigma_s = rollout(backbone, cond, sigmas, k, args, indices, key)
+        loss_ac, loss_cons = fake_losses(backbone, cond, x_s, sigma_s, args, indices, key)
+        norm = update(optimizer_fake, loss_ac + args.gamma * loss_cons, lr_scale * args.lr_fake, world_size)
+        row = {f"loss/ac_k{k}": loss_ac, "loss/cons": loss_cons, "grad_norm/fake": norm}
+
+        # 3) generator, on a rollout of its own
+        if (step + 1) % args.fake_update_ratio == 0:
+            cond, k, key = batch_for(step, "generator")
+            x_s, sigma_s = rollout(backbone, cond, sigmas, k, args, indices, key, grad=True)
+            loss = generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key)
+            norm = update(optimizer, loss, lr_scale * args.lr, world_size)
+            row |= {f"loss/generator_k{k}": loss, "grad_norm/generator": norm}
+
+        # 4) EMA
+        ema.update(step)
+
+        # log, sample, save
+        for name, value in row.items():
+            window.setdefault(name, []).append(value.detach())
+        stopped = stop.agreed(world_size, device)
+        if (step + 1) % args.log_every == 0 or stopped or step + 1 == args.steps:
+            means = {name: torch.stack(values).mean().item() for name, values in sorted(window.items())}  # the one sync
+            bad = [name for name, value in means.items() if not abs(value) < float("inf")]
+            if bad:
+                raise SystemExit(f"step {step + 1}: {bad[0]} is not finite; the last checkpoint in {args.out} is good")
+            seconds, last_log = (time.perf_counter() - last_log) / args.log_every, time.perf_counter()
+            log.write(step=step + 1, **means, lr=lr_scale * args.lr, images_per_s=batch / seconds)
+            brief = {name: v for name, v in means.items() if name in ("grad_norm/generator", "loss/cons")}
+            bar.set_postfix({name: f"{v:.3g}" for name, v in brief.items()})
+            window = {}
+        if rank == 0 and args.sample_every and ((step + 1) % args.sample_every == 0 or step == 0):
+            latents = models.sample_latents(backbone, prompts[:16], sigmas, args.eta, role="ema")
+            with torch.no_grad():
+                models.save_grid(backbone.decode(latents), args.out / "samples" / f"step_{step + 1:06d}.png", columns=8)
+        if (step + 1) % args.save_every == 0 or stopped:
+            checkpoint(step + 1)
+        if stopped:
+            say(f"\nstopped after step {step + 1}; go on with: --resume {args.out}")
+            return
+    checkpoint(args.steps, final=True)
+    say(f"done: {args.out}/final/generator_ema")
+
+
+if __name__ == "__main__":
+    main(parse_args())

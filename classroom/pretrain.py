@@ -1,0 +1,404 @@
+"""Stage 0: train the classroom's teacher from nothing, about 50 minutes on 2 CPU cores.
+
+1. VAE: a small AutoencoderKL (64x64 px -> 4x8x8 latents), L1 + L2 reconstruction and a little KL.
+2. CLIP: a small CLIPModel, contrastive, plus a loss that makes its text tower's penultimate layer tell the caption's parse.
+   That layer is what SD3 reads, and contextual text features are what let a small transformer bind colours to shapes.
+3. Teacher: an SD3Transformer2DModel, flow matching v = noise - x0, on pre-encoded latents; Muon for the matrices of
+   the blocks, AdamW for the rest, EMA, caption dropout 10% for classifier-free guidance.
+
+    torchrun --nproc_per_node=2 classroom/pretrain.py              (or plain `python classroom/pretrain.py`)
+
+Writes classroom/teacher/ (a complete StableDiffusion3Pipeline folder) and classroom/clip/ (CLIPModel + processor), fp16.
+Only "train" captions are used (see shapes.py); the scores printed at the end are on held-out ones.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # so that `python classroom/pretrain.py` finds the package it lives in
+from classroom import shapes  # noqa: E402
+
+MAX_TOKENS = 10  # start token + at most 8 words + end token
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("--stages", nargs="+", default=["vae", "clip", "teacher"], choices=["vae", "clip", "teacher"])
+    p.add_argument("--out", type=Path, default=HERE, help="folder that receives teacher/ and clip/")
+    p.add_argument("--vae_steps", type=int, default=1200, help="batches of 32 images")
+    p.add_argument("--clip_steps", type=int, default=700, help="batches of 192 image-caption pairs")
+    p.add_argument("--teacher_steps", type=int, default=6000, help="global batches of 96 latents")
+    p.add_argument("--n_latents", type=int, default=36000, help="pre-encoded training images of the teacher")
+    p.add_argument("--seed", type=int, default=0, help="covers data, initial weights and noise")
+    return p.parse_args(argv)
+
+
+def batch_of(n, rng):
+    """n captioned pictures: (metadata list, images float [n, 3, 64, 64] in [0, 1])."""
+    metadata = shapes.sample_prompts(n, rng.integers(2**31))
+    return metadata, to_tensor(shapes.render([shapes.scene(m, rng) for m in metadata], rng))
+
+
+def to_tensor(images):
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+def cosine(step, steps, warmup=20):
+    return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. VAE
+
+
+def train_vae(args):
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=shapes.SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    vae.to(memory_format=torch.channels_last)  # a fifth faster on CPU
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(0.9, 0.99))
+    bar = tqdm(range(args.vae_steps), "VAE")
+    for step in bar:
+        scenes = [shapes.dense_scene(rng) for _ in range(16)]
+        scenes += [shapes.scene(m, rng) for m in shapes.sample_prompts(16, rng.integers(2**31))]
+        x = (to_tensor(shapes.render(scenes, rng)) * 2 - 1).contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        loss = F.mse_loss(y, x) + 0.2 * F.l1_loss(y, x) + 2e-5 * kl
+        optimizer.param_groups[0]["lr"] = 3e-3 * cosine(step, args.vae_steps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            bar.set_postfix(mse=f"{F.mse_loss(y, x).item():.4f}", kl=f"{kl.item():.2f}")
+    with torch.no_grad():  # scale and shift: latents of unit variance, SD3's convention z = (mean - shift) * scale
+        metadata, images = batch_of(1000, rng)
+        z = vae.encode(images * 2 - 1).latent_dist.mean
+        vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=round(z.mean().item(), 4))
+        for sigma in (0.0, 0.1):
+            y = vae.decode(z + sigma * z.std() * torch.randn_like(z)).sample.clamp(-1, 1) / 2 + 0.5
+            print(f"VAE: strict GenEval of reconstructions, latent noise {sigma}: {strict(y, metadata).mean():.3f}")
+    vae.half().save_pretrained(args.out / "teacher" / "vae")
+
+
+def strict(images, metadata):
+    """Share of pictures [B, 3, 64, 64] in [0, 1] that show what the caption asks for: [B] of 0 and 1."""
+    from rewards import geneval_check
+
+    pixels = (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return np.array([geneval_check(d, m)["strict"] for d, m in zip(shapes.detect(pixels), metadata, strict=True)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. CLIP
+
+
+def build_tokenizer():
+    """A CLIPTokenizer for which every word of the captions is one token; any other text falls back to letters."""
+    words = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=5000, end_of_word_suffix="</w>", show_progress=False)
+    words.train_from_iterator((m["prompt"] for t in shapes.TASKS for m in shapes.captions(t, "train")), trainer)
+    import json
+
+    merges = [tuple(pair) for pair in json.loads(words.to_str())["model"]["merges"]]
+    vocab = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([*vocab, "<|startoftext|>", "<|endoftext|>"]))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def tokenize(tokenizer, prompts):
+    return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def parse_of(metadata):
+    """What a caption says, as seven small integers: task, kind and colour of both objects, count, relation; 0 = open."""
+    first, *rest = metadata["include"]
+    second = rest[0] if rest else {}
+    kinds, colors, relations = (None, *shapes.SHAPES), (None, *shapes.COLORS), (None, *shapes.RELATIONS)
+    return (
+        shapes.TASKS.index(metadata["tag"]),
+        kinds.index(first["class"]),
+        colors.index(first.get("color")),
+        kinds.index(second.get("class")),
+        colors.index(second.get("color")),
+        first["count"],
+        relations.index(second.get("position", [None])[0]),
+    )
+
+
+PARSE_SIZES = (6, 5, 6, 5, 6, 5, 5)
+
+
+def train_clip(args):
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed + 1)
+    tokenizer = build_tokenizer()
+    tower = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
+    ids = dict(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config={**tower, **ids, "projection_dim": 64},
+            vision_config={**tower, "image_size": shapes.SIZE, "patch_size": shapes.CELL, "projection_dim": 64},
+            projection_dim=64,
+        )
+    )
+    heads = torch.nn.Linear(tower["hidden_size"], sum(PARSE_SIZES))
+    parameters = [*clip.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    bar = tqdm(range(args.clip_steps), "CLIP")
+    for step in bar:
+        metadata, images = batch_of(192, rng)
+        images = images + 0.1 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)  # not only clean pictures
+        tokens = tokenize(tokenizer, [m["prompt"] for m in metadata])
+        text = clip.text_model(input_ids=tokens, output_hidden_states=True)
+        text_embeds = F.normalize(clip.text_projection(text.pooler_output), dim=-1)
+        image_embeds = F.normalize(clip.get_image_features(normalize(images)).pooler_output, dim=-1)
+        logits = clip.logit_scale.exp() * image_embeds @ text_embeds.T
+        same = torch.tensor([[float(a["include"] == b["include"]) for b in metadata] for a in metadata])
+        target = same / same.sum(1, keepdim=True)  # captions that mean the same are not each other's negatives
+        contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        end = tokens.eq(tokenizer.eos_token_id).int().argmax(1)
+        penultimate = text.hidden_states[-2][torch.arange(len(tokens)), end]
+        parses = torch.tensor([parse_of(m) for m in metadata])
+        parse = sum(
+            F.cross_entropy(h, parses[:, i]) for i, h in enumerate(heads(penultimate).split(list(PARSE_SIZES), dim=1))
+        )
+        loss = contrastive + 0.3 * parse
+        optimizer.param_groups[0]["lr"] = 2e-3 * cosine(step, args.clip_steps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(30))
+        if step % 20 == 0:
+            bar.set_postfix(contrastive=f"{contrastive.item():.3f}", parse=f"{parse.item():.3f}")
+    clip_report(clip, tokenizer, rng)
+    size = {"height": shapes.SIZE, "width": shapes.SIZE}
+    processor = CLIPImageProcessor(size={"shortest_edge": shapes.SIZE}, crop_size=size)
+    CLIPProcessor(processor, tokenizer).save_pretrained(args.out / "clip")
+    clip.half().save_pretrained(args.out / "clip")
+    text_encoder = CLIPTextModelWithProjection(clip.config.text_config).half()
+    text_encoder.load_state_dict(clip.state_dict(), strict=False)
+    for name in ("", "_2"):
+        tokenizer.save_pretrained(args.out / "teacher" / f"tokenizer{name}")
+        text_encoder.save_pretrained(args.out / "teacher" / f"text_encoder{name}")
+
+
+def normalize(images):
+    mean = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
+    std = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+    return (images - mean) / std
+
+
+@torch.no_grad()
+def clip_report(clip, tokenizer, rng):
+    """Cosines of true and shuffled pairs on held-out captions."""
+    metadata = shapes.sample_prompts(600, 7, "heldout")
+    images = to_tensor(shapes.render([shapes.scene(m, rng) for m in metadata], rng))
+    text = F.normalize(
+        clip.get_text_features(tokenize(tokenizer, [m["prompt"] for m in metadata])).pooler_output, dim=-1
+    )
+    image = F.normalize(clip.get_image_features(normalize(images)).pooler_output, dim=-1)
+    cosines = image @ text.T
+    different = torch.tensor([[a["include"] != b["include"] for b in metadata] for a in metadata])
+    true = cosines.diagonal()
+    wins = (true[:, None] > cosines)[different].float().mean()
+    print(f"CLIP: held-out true pairs {true.mean():.3f}, others {cosines[different].mean():.3f}, pairwise {wins:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. teacher
+
+
+@torch.no_grad()
+def encode_data(args, rng):
+    """Latents [N, 4, 8, 8], caption index [N], and the embeddings of every training caption (the last row: "")."""
+    folder = args.out / "teacher"
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    towers = [
+        CLIPTextModelWithProjection.from_pretrained(folder / f"text_encoder{n}", dtype=torch.float32)
+        for n in ("", "_2")
+    ]
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    prompts = [m["prompt"] for t in shapes.TASKS for m in shapes.captions(t, "train")] + [""]
+    outputs = [tower(tokenize(tokenizer, prompts), output_hidden_states=True) for tower in towers]
+    embeds = torch.cat([o.hidden_states[-2] for o in outputs], -1)  # what StableDiffusion3Pipeline.encode_prompt makes
+    pooled = torch.cat([o.text_embeds for o in outputs], -1)
+    latents, index = [], []
+    row = {prompt: i for i, prompt in enumerate(prompts)}
+    for _ in tqdm(range(args.n_latents // 500), "encode"):
+        metadata, images = batch_of(500, rng)
+        z = vae.encode(images * 2 - 1).latent_dist.mean
+        latents.append((z - vae.config.shift_factor) * vae.config.scaling_factor)
+        index += [row[m["prompt"]] for m in metadata]
+    return torch.cat(latents), torch.tensor(index), embeds, pooled
+
+
+def train_teacher(args, rank, world_size):
+    torch.manual_seed(args.seed)
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=256,
+        caption_projection_dim=128,
+        pooled_projection_dim=128,
+        pos_embed_max_size=4,
+        qk_norm="rms_norm",
+    )
+    rng = np.random.default_rng([args.seed, 2, rank])
+    data = argparse.Namespace(**vars(args))
+    data.n_latents = args.n_latents // world_size
+    latents, index, embeds, pooled = encode_data(data, rng)
+    matrices = [
+        p for n, p in model.named_parameters() if n.startswith("transformer_blocks") and p.ndim == 2 and "norm" not in n
+    ]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
+    adam = torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    ema = [p.detach().clone() for p in model.parameters()]
+    g = torch.Generator().manual_seed(args.seed * 1000 + rank)
+    batch = 96 // world_size
+    bar = tqdm(range(args.teacher_steps), "teacher", disable=rank > 0)
+    for step in bar:
+        # A user's plain `pipe(prompt)` appends 256 zero tokens in place of the absent T5: every 16th step shows them.
+        long = step % 16 == 15
+        pick = torch.randint(len(latents), (batch // 6 if long else batch,), generator=g)
+        x0, text = latents[pick], index[pick]
+        text = torch.where(torch.rand(len(pick), generator=g) < 0.1, len(embeds) - 1, text)
+        context = F.pad(embeds[text], (0, 0, 0, 256)) if long else embeds[text]
+        u = torch.sigmoid(torch.randn(len(pick), generator=g))
+        u = torch.where(torch.rand(len(pick), generator=g) < 0.2, torch.rand(len(pick), generator=g), u)
+        sigma = 2.5 * u / (1 + 1.5 * u)
+        noise = torch.randn(x0.shape, generator=g)
+        x = (1 - sigma.view(-1, 1, 1, 1)) * x0 + sigma.view(-1, 1, 1, 1) * noise
+        v = model(
+            hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=context, pooled_projections=pooled[text]
+        ).sample
+        loss = F.mse_loss(v, noise - x0)
+        model.zero_grad()
+        loss.backward()
+        if world_size > 1:
+            flat = torch.cat(
+                [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()]
+            )
+            torch.distributed.all_reduce(flat)
+            for p, grad in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+                p.grad = grad.view_as(p) / world_size
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        scale = min(1, (step + 1) / 50) * min(1, (args.teacher_steps - step) / (0.45 * args.teacher_steps))
+        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = 0.02 * scale, 2e-3 * scale
+        muon.step(), adam.step()
+        torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - min(0.998, (1 + step) / (10 + step)))
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+            if rank == 0:
+                print(f"step {step} loss {loss.item():.4f}", flush=True)
+        last = step + 1 == args.teacher_steps
+        if rank == 0 and (last or (step + 1) % 1000 == 0):
+            save_teacher(model, ema, args.out / "teacher", n_prompts=600 if last else 180)
+
+
+def save_teacher(model, ema, folder, n_prompts):
+    """Write the pipeline folder with the averaged weights, then score the pipeline as a user would load it."""
+    current = [p.detach().clone() for p in model.parameters()]
+    torch._foreach_copy_([p.data for p in model.parameters()], ema)
+    half = SD3Transformer2DModel.from_config(model.config).half()
+    half.load_state_dict(model.state_dict())
+    torch._foreach_copy_([p.data for p in model.parameters()], current)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    parts = {}
+    for name in ("", "_2"):
+        parts[f"text_encoder{name}"] = CLIPTextModelWithProjection.from_pretrained(folder / f"text_encoder{name}")
+        parts[f"tokenizer{name}"] = CLIPTokenizer.from_pretrained(folder / f"tokenizer{name}")
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float16)
+    StableDiffusion3Pipeline(
+        transformer=half, scheduler=scheduler, vae=vae, text_encoder_3=None, tokenizer_3=None, **parts
+    ).save_pretrained(folder)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        folder, torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    metadata = shapes.sample_prompts(n_prompts, 11, "heldout")
+    images, start = [], time.time()
+    for i in range(0, n_prompts, 60):
+        prompts = [m["prompt"] for m in metadata[i : i + 60]]
+        g = torch.Generator().manual_seed(i)
+        call = dict(num_inference_steps=28, guidance_scale=3.0, max_sequence_length=0, output_type="pt", generator=g)
+        images.append(pipe(prompts, **call).images)
+    hits = strict(torch.cat(images), metadata)
+    table = "  ".join(f"{t} {np.mean([h for h, m in zip(hits, metadata) if m['tag'] == t]):.2f}" for t in shapes.TASKS)
+    error = hits.std() / math.sqrt(len(hits))
+    print(
+        f"\nteacher, 28 guided steps, {n_prompts} held-out: strict {hits.mean():.3f} +- {error:.3f} | {table} | {time.time() - start:.0f} s",
+        flush=True,
+    )
+
+
+def main(args):
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+        torch.distributed.init_process_group("gloo")
+    start = time.time()
+    for turn, (stage, train) in enumerate((("vae", train_vae), ("clip", train_clip))):
+        if stage in args.stages and rank == turn % world_size:  # side by side where there are two processes
+            train(args)
+            print(f"{stage} done after {(time.time() - start) / 60:.1f} min", flush=True)
+    if world_size > 1:
+        torch.distributed.barrier()
+    if "teacher" in args.stages:
+        train_teacher(args, rank, world_size)
+    if rank == 0:
+        print(f"all done after {(time.time() - start) / 60:.1f} min")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,587 @@
+"""What is true whatever the loss: backbones, adapters, sampler, shared formulas, processes, checkpoints.
+
+A backbone wraps a diffusers pipeline object. Text encoding, VAE, scheduler and packing are the pipeline's own; this file
+adds `velocity`, which runs the one frozen transformer in the role of teacher, generator or fake score. A role is a list
+of LoRA adapters (arXiv 2605.26108, section 3), so three networks cost one copy of the weights.
+
+Notation of the paper: x_sigma = (1 - sigma) x0 + sigma noise, v = noise - x0, x0_hat = x - sigma v,
+eps_hat = x + (1 - sigma) v. All of it is computed in float32, also where the networks run in bf16.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+# ---------------------------------------------------------------------------------------------------------------
+# shared formulas (tensors in, tensors out, float32 inside)
+
+
+def per_sample(value, x):
+    """A number or [B] tensor as float32 [B, 1, 1, 1] (as many ones as x asks for)."""
+    value = torch.as_tensor(value, dtype=torch.float32, device=x.device)
+    return value.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def cps_mean(x, v, sigma, sigma_next, eta=0.0):
+    """Mean of one coefficient-preserving step: mu = (1 - s') x0_hat + s' cos(eta pi/2) eps_hat (App. C)."""
+    x, v = x.float(), v.float()
+    s, s_next = per_sample(sigma, x), per_sample(sigma_next, x)
+    x0_hat, eps_hat = x - s * v, x + (1 - s) * v
+    return (1 - s_next) * x0_hat + s_next * math.cos(eta * math.pi / 2) * eps_hat
+
+
+def cps_step(x, v, sigma, sigma_next, eta=0.0, noise=None):
+    """One step of coefficient-preserving sampling, x' = mu + s' sin(eta pi/2) z. eta 0: Euler ODE; eta 1: full re-noising.
+
+    x, v, noise: [B, C, H, W]; sigma, sigma_next: floats or [B], in [0, 1]. noise is drawn here if it is needed and None.
+    At sigma_next = 0 the step is deterministic, x' = x0_hat. Returns float32.
+    """
+    mean = cps_mean(x, v, sigma, sigma_next, eta)
+    if eta == 0:
+        return mean
+    noise = torch.randn_like(mean) if noise is None else noise.float()
+    return mean + per_sample(sigma_next, mean) * math.sin(eta * math.pi / 2) * noise
+
+
+def cps_log_prob(x_next, x, v, sigma, sigma_next, eta):
+    """Log-probability of a stored step, constants dropped: -mean((x' - mu)^2) over all but the batch -> [B].
+
+    There is no 1/(2 rho^2): the published clip range and learning rates assume this scale.
+    """
+    return -(x_next.float() - cps_mean(x, v, sigma, sigma_next, eta)).square().flatten(1).mean(1)
+
+
+def renoise(x_s, sigma_s, sigma_t, noise):
+    """Take x_s from noise level s up to t >= s; returns (x_t, sigma_ts v*, sigma_ts), the last as [B, 1, 1, 1].
+
+        x_t = a x_s + sigma_ts z,    a = (1-t)/(1-s),    sigma_ts^2 = t^2 - a^2 s^2
+
+    Why v* (App. D). x_s is itself noisy, so noise - x0 is unknown; its expectation given x_s and x_t is enough.
+      1. x_t given x_s is Gaussian, so the score of p(x_t) is E[-z / sigma_ts | x_t]   (score through x_s).
+      2. Rectified flow ties score and velocity: v = -(x_t + t score) / (1-t).
+      3. Put 1 into 2, x_t = a x_s + sigma_ts z:   v* = -x_s/(1-s) + z (t/sigma_ts - sigma_ts) / (1-t).
+      4. t - sigma_ts^2 = (1-t) (t + (1-t) s^2/(1-s)^2), so v* = -x_s/(1-s) + z (t + (1-t) s^2/(1-s)^2) / sigma_ts.
+    sigma_ts v* is returned because it never divides by a small sigma_ts. At s = 0: v* = z - x0, plain flow matching.
+    """
+    x_s, noise = x_s.float(), noise.float()
+    s, t = per_sample(sigma_s, x_s), per_sample(sigma_t, x_s)
+    alpha_ts = (1 - t) / (1 - s)
+    sigma_ts = (t**2 - alpha_ts**2 * s**2).clamp(min=1e-12).sqrt()
+    target = -sigma_ts * x_s / (1 - s) + noise * (t + (1 - t) * s**2 / (1 - s) ** 2)
+    return alpha_ts * x_s + sigma_ts * noise, target, sigma_ts
+
+
+def few_step_sigmas(scheduler, steps, image_tokens=None, family="sd3"):
+    """Noise levels of a few-step schedule, the closing 0 included. steps: raw timesteps such as (1000, 750, 500, 250).
+
+    sd3: the scheduler's static shift. flux1: exponential shift, mu linear in the image-token count. flux2: exponential
+    shift with the pipeline's empirical mu of (image tokens, number of steps). Both functions of mu are diffusers' own.
+    """
+    raw, config = [step / 1000 for step in steps], scheduler.config
+    if family == "sd3":
+        return [config.shift * r / (1 + (config.shift - 1) * r) for r in raw] + [0.0]
+    if family == "flux1":
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        lengths = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        mu = calculate_shift(image_tokens, *lengths)
+    elif family == "flux2":
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        mu = compute_empirical_mu(image_tokens, len(raw))
+    else:
+        raise ValueError(f"unknown family {family!r}; allowed: sd3, flux1, flux2")
+    sigmas = [math.exp(mu) / (math.exp(mu) + (1 / r - 1)) for r in raw]
+    if config.shift_terminal:  # stretch so that the last level before 0 is shift_terminal
+        scale = (1 - sigmas[-1]) / (1 - config.shift_terminal)
+        sigmas = [1 - (1 - s) / scale for s in sigmas]
+    return sigmas + [0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# LoRA by hand: named adapters on one frozen base
+
+
+class LoRALinear(nn.Module):
+    """y = W x + sum over active adapters of (alpha / rank) B A x. The base is frozen; A and B are float32."""
+
+    def __init__(self, base, switch):
+        super().__init__()
+        self.base, self.switch = base, switch
+        self.lora_A, self.lora_B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+
+    def forward(self, x):
+        y = self.base(x)
+        for name in self.switch.active:
+            if name in self.lora_A:
+                low = F.linear(x.to(self.lora_A[name].dtype), self.lora_A[name])  # autocast, where on, rules the dtype
+                y = y + (self.scale[name] * F.linear(low, self.lora_B[name])).to(y.dtype)
+        return y
+
+
+@contextlib.contextmanager
+def adapters(transformer, *names):
+    """Switch on exactly these adapters. Nests; the former list comes back at the end."""
+    switch = transformer.lora_switch
+    missing = [name for name in names if name not in switch.known]
+    if missing:
+        raise ValueError(f"no adapter named {missing[0]!r}; this transformer has: {', '.join(switch.known) or 'none'}")
+    before, switch.active = switch.active, names
+    try:
+        yield
+    finally:
+        switch.active = before
+
+
+def lora_modules(transformer):
+    """{module path in the transformer as published: LoRALinear}"""
+    return {name: m for name, m in transformer.named_modules() if isinstance(m, LoRALinear)}
+
+
+def prepare_for_lora(transformer, targets):
+    """Freeze the transformer and wrap every Linear whose path ends in one of `targets`."""
+    transformer.requires_grad_(False)
+    transformer.lora_switch = SimpleNamespace(active=(), known=[])
+    linears = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    for path in linears:
+        if any(path.endswith("." + target) for target in targets):
+            parent, _, leaf = path.rpartition(".")
+            parent = transformer.get_submodule(parent)
+            base = parent.get_submodule(leaf)
+            setattr(parent, leaf, LoRALinear(base, transformer.lora_switch))
+
+
+def add_adapter(transformer, name, rank=32, alpha=64, init_std=None, generator=None, trainable=True):
+    """Add adapter `name` to every wrapped Linear: A ~ N(0, init_std^2), default 1/rank (PEFT's "gaussian"), B = 0.
+
+    The draws come from a CPU generator, so every rank makes the same. Returns the list of its parameters.
+    """
+    if name in transformer.lora_switch.known:
+        raise ValueError(f"adapter {name!r} exists already")
+    for module in lora_modules(transformer).values():
+        out_features, in_features = module.base.weight.shape
+        A = torch.randn(rank, in_features, generator=generator) * (init_std or 1 / rank)
+        B = torch.zeros(out_features, rank)
+        device = module.base.weight.device
+        module.lora_A[name] = nn.Parameter(A.to(device), requires_grad=trainable)
+        module.lora_B[name] = nn.Parameter(B.to(device), requires_grad=trainable)
+        module.scale[name] = alpha / rank
+    transformer.lora_switch.known.append(name)
+    return adapter_parameters(transformer, name)
+
+
+def adapter_parameters(transformer, name):
+    """[A_1, B_1, A_2, B_2, ...] of one adapter."""
+    return [p for m in lora_modules(transformer).values() for p in (m.lora_A[name], m.lora_B[name])]
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def save_adapter(transformer, name, folder):
+    """Write folder/pytorch_lora_weights.safetensors in diffusers' naming, for `pipe.load_lora_weights(folder)`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, modules = {}, lora_modules(transformer)
+    for path, m in modules.items():
+        for key, p in (("lora_A", m.lora_A[name]), ("lora_B", m.lora_B[name])):
+            tensors[f"transformer.{path}.{key}.weight"] = p.detach().cpu().contiguous()
+    rank = len(m.lora_A[name])
+    config = {"r": rank, "lora_alpha": m.scale[name] * rank, "target_modules": sorted(modules)}
+    config = {f"transformer.{key}": value for key, value in config.items()}
+    save_file(tensors, folder / LORA_FILE, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
+
+
+def load_adapter(transformer, name, source, trainable=False):
+    """Add adapter `name` from a folder (or file) that `save_adapter` wrote. Every key must fit, or a ValueError names it."""
+    file = Path(source) / LORA_FILE if Path(source).is_dir() else Path(source)
+    if not file.is_file():
+        raise ValueError(
+            f"no adapter at {source}: expected a folder with {LORA_FILE}, as acdmd.py writes final/generator_ema"
+        )
+    try:
+        tensors = load_file(file)
+        with safe_open(file, "pt") as f:
+            config = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except Exception as error:  # safetensors has one exception class for all that can be wrong with a file
+        raise ValueError(f"{file} is no complete safetensors file ({error}); it may have been cut short") from error
+    ranks = {len(t) for key, t in tensors.items() if key.endswith(".lora_A.weight")}
+    rank = config.get("transformer.r", min(ranks, default=0))
+    alpha, left = config.get("transformer.lora_alpha", rank), dict(tensors)
+    modules = lora_modules(transformer)
+    for path, m in modules.items():
+        out_features, in_features = m.base.weight.shape
+        for key, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
+            full = f"transformer.{path}.{key}.weight"
+            if full not in left:
+                raise ValueError(f"{file}: {full} is missing; was this adapter trained on another backbone?")
+            if tuple(left[full].shape) != shape:
+                got = tuple(left[full].shape)
+                raise ValueError(
+                    f"{file}: {full} has shape {got}, this backbone needs {shape}; was it trained on another?"
+                )
+            left.pop(full)
+    if left:
+        raise ValueError(f"{file}: {sorted(left)[0]} fits no layer of this backbone ({len(left)} such keys)")
+    add_adapter(transformer, name, rank, alpha, trainable=trainable)
+    with torch.no_grad():
+        for path, m in modules.items():
+            m.lora_A[name].copy_(tensors[f"transformer.{path}.lora_A.weight"])
+            m.lora_B[name].copy_(tensors[f"transformer.{path}.lora_B.weight"])
+    return adapter_parameters(transformer, name)
+
+
+def enable_checkpointing(transformer):
+    """Activation checkpointing that recomputes a block with the adapters it ran with.
+
+    The recomputation happens inside backward(), when another role may be switched on; without the context below it would
+    run with that role's adapters and give wrong gradients without a word.
+    """
+
+    def checkpoint(module, *args):
+        names = transformer.lora_switch.active
+        contexts = lambda: (contextlib.nullcontext(), adapters(transformer, *names))  # noqa: E731
+        return torch.utils.checkpoint.checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+
+    transformer.enable_gradient_checkpointing(checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# backbones
+
+CLASSROOM = Path(__file__).resolve().parent / "classroom"
+BACKBONES = {  # facts of a backbone; what a stage does with it stands in the stage's PRESETS
+    "classroom": dict(family="sd3", repo=str(CLASSROOM / "teacher"), resolution=64, text_tokens=0),  # 0: it has no T5
+    "sd3": dict(family="sd3", repo="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, text_tokens=128),
+    "sd35": dict(family="sd3", repo="stabilityai/stable-diffusion-3.5-medium", resolution=512, text_tokens=128),
+}
+
+
+class SD3:
+    """SD3-M, SD3.5-M and the classroom: a StableDiffusion3Pipeline and its transformer, frozen, with adapters."""
+
+    family = "sd3"
+    lora_targets = tuple(
+        f"attn.{name}" for name in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+    )
+
+    def __init__(self, pipe, resolution, text_tokens, device="cpu", dtype=torch.float32):
+        factor = pipe.vae_scale_factor * pipe.transformer.config.patch_size
+        if resolution % factor:
+            below = resolution - resolution % factor
+            raise ValueError(
+                f"resolution {resolution} does not divide by {factor}: try {below or factor} or {below + factor}"
+            )
+        self.pipe, self.device, self.dtype, self.text_tokens = pipe.to(device), torch.device(device), dtype, text_tokens
+        self.transformer, self.vae, self.scheduler = pipe.transformer, pipe.vae.requires_grad_(False), pipe.scheduler
+        self.vae.to(memory_format=torch.channels_last)
+        side = resolution // pipe.vae_scale_factor
+        self.latent_shape = (self.transformer.config.in_channels, side, side)
+        prepare_for_lora(self.transformer, self.lora_targets)
+        self.roles = {"teacher": (), "generator": (), "fake": ()}  # role -> names of its adapters
+        self._embeddings = {}  # prompt -> its row of every embedding, on the CPU
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self._embeddings]
+        if len(self._embeddings) + len(new) > 2048:
+            self._embeddings, new = {}, list(dict.fromkeys(prompts))
+        if new:
+            embeds, _, pooled, _ = self.pipe.encode_prompt(
+                new, None, None, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
+            )
+            self._embeddings |= dict(zip(new, zip(embeds.cpu(), pooled.cpu(), strict=True), strict=True))
+        embeds, pooled = zip(*(self._embeddings[p] for p in prompts), strict=True)
+        return {
+            "encoder_hidden_states": torch.stack(embeds).to(self.device),
+            "pooled_projections": torch.stack(pooled).to(self.device),
+        }
+
+    def velocity(self, x, sigma, cond, guidance_scale=1.0, uncond=None, role="generator"):
+        """v = noise - x0 as seen by a role, float32 [B, C, H, W]. sigma: float or [B] in [0, 1].
+
+        guidance_scale > 1 runs unconditional and conditional as one batch of 2B: v = v_u + scale (v_c - v_u). `uncond` is
+        `encode([""])`, one row for all samples or one each.
+        """
+        x = x.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        guided = guidance_scale > 1
+        if guided:
+            if uncond is None:
+                raise ValueError('guidance_scale > 1 needs uncond: pass uncond=backbone.encode([""])')
+            cond = {key: torch.cat([uncond[key].expand_as(cond[key]), cond[key]]) for key in cond}
+            x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
+        with adapters(self.transformer, *self.roles[role]), self.autocast():
+            v = self.transformer(hidden_states=x.to(self.dtype), timestep=1000 * sigma, **cond, return_dict=False)[
+                0
+            ].float()
+        if guided:
+            v_uncond, v_cond = v.chunk(2)
+            v = v_uncond + guidance_scale * (v_cond - v_uncond)
+        return v
+
+    def decode(self, latents):
+        """Images [B, 3, H, W] in [0, 1], float32, differentiable in the latents."""
+        z = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def sigmas(self, steps=(1000, 750, 500, 250)):
+        """Noise levels ending in 0.0: of a few-step schedule (raw timesteps), or of the pipeline's own with `steps` steps."""
+        if isinstance(steps, int):
+            self.scheduler.set_timesteps(steps)
+            return self.scheduler.sigmas.tolist()
+        return few_step_sigmas(self.scheduler, steps, family=self.family)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def load(model, weights=None, device="cpu", dtype=torch.float32, resolution=None):
+    """A backbone by name. weights: a diffusers pipeline folder or hub id in place of the published one."""
+    from diffusers import StableDiffusion3Pipeline
+
+    if model not in BACKBONES:
+        raise ValueError(f"unknown model {model!r}; allowed: {', '.join(BACKBONES)}")
+    facts = BACKBONES[model]
+    source = str(weights or facts["repo"])
+    if not Path(source).is_dir():
+        if Path(source).is_absolute() or source.startswith("."):
+            raise ValueError(f"no weights at {source}: give a diffusers pipeline folder or a hub id with --weights")
+        from huggingface_hub import snapshot_download
+
+        patterns = [
+            "*.json",
+            "*.txt",
+            "*.model",
+            "[tsv]*/*.safetensors",
+        ]  # transformer, text encoders, vae; no single files
+        source = snapshot_download(source, allow_patterns=patterns)
+    from diffusers import SD3Transformer2DModel
+
+    transformer = load_transformer(SD3Transformer2DModel, Path(source) / "transformer", dtype)
+    absent = {}
+    index = json.loads((Path(source) / "model_index.json").read_text())
+    for part in ("text_encoder_3", "tokenizer_3"):
+        if index.get(part, [None])[0] is None:
+            absent[part] = None
+    pipe = StableDiffusion3Pipeline.from_pretrained(source, transformer=transformer, torch_dtype=dtype, **absent)
+    return SD3(pipe, resolution or facts["resolution"], facts["text_tokens"], device, dtype)
+
+
+def load_transformer(cls, folder, dtype):
+    """Build a diffusers transformer on the meta device and assign its safetensors shards: no random fill, one copy."""
+    with torch.device("meta"):
+        model = cls.from_config(cls.load_config(folder))
+    state = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        state |= load_file(file)
+    if not state:
+        raise ValueError(f"no .safetensors weights in {folder}")
+    model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# sampler
+
+
+@torch.no_grad()
+def sample_latents(backbone, prompts, sigmas, eta=0.0, guidance_scale=1.0, seed=0, indices=None, role="generator"):
+    """Latents [B, C, H, W] after walking `sigmas` (ending in 0). Image i's noise depends on (seed, indices[i]) alone."""
+    indices = range(len(prompts)) if indices is None else indices
+    cond = backbone.encode(prompts)
+    uncond = backbone.encode([""]) if guidance_scale > 1 else None
+    x = draw(torch.randn, backbone.latent_shape, indices, "sample", seed, "start").to(backbone.device)
+    for j, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        v = backbone.velocity(x, sigma, cond, guidance_scale, uncond, role)
+        noise = draw(torch.randn, backbone.latent_shape, indices, "sample", seed, j).to(x.device) if eta > 0 else None
+        x = cps_step(x, v, sigma, sigma_next, eta, noise)
+    return x
+
+
+def save_grid(images, path, columns):
+    """Write images [B, 3, H, W] in [0, 1] as one picture."""
+    from PIL import Image
+
+    b, c, h, w = images.shape
+    rows = -(-b // columns)
+    sheet = torch.ones(rows * columns, c, h + 2, w + 2)
+    sheet[:b, :, 1:-1, 1:-1] = images.cpu()
+    sheet = (
+        sheet.view(rows, columns, c, h + 2, w + 2).permute(0, 3, 1, 4, 2).reshape(rows * (h + 2), columns * (w + 2), c)
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((sheet * 255).round().byte().numpy()).save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# processes and random numbers
+
+
+def setup_distributed(device=None):
+    """(rank, world size, device): torchrun's variables or one process; nccl on GPUs, gloo on CPUs."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda was given, but torch sees no GPU: use --device cpu")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    elif world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world_size, torch.device(device)
+
+
+def average_gradients(parameters, world_size):
+    """Mean of the gradients over ranks, in one flat all-reduce."""
+    if world_size > 1:
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        flat /= world_size
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(grad.view_as(p))
+
+
+def gather(objects, world_size):
+    """Concatenate one list per rank, in rank order, on every rank."""
+    if world_size == 1:
+        return list(objects)
+    lists = [None] * world_size
+    dist.all_gather_object(lists, list(objects))
+    return [item for items in lists for item in items]
+
+
+def seeded(*key):
+    """A CPU generator that depends on nothing but the key, e.g. (seed, step, rank, "rollout"); stable over processes.
+
+    Drawing anew for every step from its own key is what makes a resumed run equal an uninterrupted one.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def draw(kind, shape, indices, *key):
+    """torch.randn or torch.rand of [len(indices), *shape] in which row i depends on (key, indices[i]) alone.
+
+    Samples are numbered over all ranks, so a run draws the same whether one process holds the batch or several share it.
+    """
+    return torch.stack([kind(shape, generator=seeded(*key, int(i))) for i in indices])
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C ask for a stop after the current step; a second Ctrl-C or SIGTERM stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise SystemExit(1)
+        self.asked = True
+
+    def agreed(self, world_size, device):
+        """True on every rank as soon as one rank was asked."""
+        if world_size > 1:
+            flag = torch.tensor(float(self.asked), device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.asked = bool(flag.item())
+        return self.asked
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# state: EMA, log, checkpoints
+
+
+class EMA:
+    """Exponential moving average: `average` follows `parameters`.
+
+    decay: fixed (stage 1), or with `warmup` min(decay, (1 + n) / (10 + n)) (stage 2). `update(n)` follows the n-th optimiser
+    step and acts when n + 1 is a multiple of `every`.
+    """
+
+    def __init__(self, parameters, average, decay, every=1, warmup=False):
+        self.parameters, self.average = list(parameters), list(average)
+        self.decay, self.every, self.warmup = decay, every, warmup
+
+    @torch.no_grad()
+    def update(self, n):
+        if (n + 1) % self.every == 0:
+            decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+
+class RunLog:
+    """log.jsonl, and Weights & Biases if asked for. On other ranks than 0 it does nothing."""
+
+    def __init__(self, out, rank, args, wandb=False):
+        self.file, self.wandb = None, None
+        if rank == 0:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            (Path(out) / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+            self.file = (Path(out) / "log.jsonl").open("a")
+            if wandb:
+                import wandb as wandb_package
+
+                self.wandb = wandb_package.init(dir=out, config=vars(args))
+
+    def write(self, **row):
+        if self.file:
+            row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+            print(json.dumps(row), file=self.file, flush=True)
+            if self.wandb:
+                self.wandb.log(row)
+
+
+def save_checkpoint(out, step, transformer, names, state, args, keep=2, final=False):
+    """Write out/step_NNNNNN (or out/final) aside, then rename it; older step folders beyond `keep` are removed.
+
+    Each adapter of `names` gets a folder that diffusers can load; `state` (optimisers and counters) goes to state.pt.
+    """
+    target = Path(out) / ("final" if final else f"step_{step:06d}")
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    for name in names:
+        save_adapter(transformer, name, aside / name)
+    torch.save({"step": step, **state}, aside / "state.pt")
+    (aside / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+    if target.exists():
+        shutil.rmtree(target)
+    aside.rename(target)
+    for old in sorted(Path(out).glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(folder, transformer, names):
+    """Add the adapters saved in a checkpoint folder, or in the newest one of a run folder; returns its state."""
+    folder = Path(folder)
+    if not (folder / "state.pt").is_file():
+        steps = sorted(folder.glob("step_*"))
+        if not steps:
+            raise ValueError(
+                f"--resume {folder}: no checkpoint there; give a run folder or one of its step_NNNNNN folders"
+            )
+        folder = steps[-1]
+    for name in names:
+        load_adapter(transformer, name, folder / name, trainable=not name.endswith("_ema"))
+    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)

@@ -1,0 +1,466 @@
+"""Stage 2, RTDMD: reinforce the distilled 4-step generator on image rewards.
+
+Reward-tilted distribution matching, section 3 and appendices G-I of "Reinforcing Few-step Generators via Reward-Tilted
+Distribution Matching" (arXiv 2605.26108). KL(p_theta || p_psi exp(beta r) / Z) = distribution matching - beta E[r]: the
+leash is stage 1's L_G; the reward's gradient has two parts, because the last of the four steps is deterministic. An epoch:
+
+1. Choose 2 of the 3 stochastic steps (SubGRPO).
+2. Sample groups of K images a prompt, 4 CPS steps. Steps not chosen share one noise per prompt.
+3. Reward every image; advantage = reward less its group's mean, over the global deviation.
+4. Fake score: one optimiser step of L_fake on the finished samples (s = 0).
+5. Generator, one optimiser step on the mean of
+      chosen steps:  max(-A ratio, -A clip(ratio))                                  policy gradient
+      last step:     dm_weight L_G + bp_weight relu(margin - R(decode(x0_hat)))     leash, and the reward's own gradient
+6. EMA of the trainable adapter.
+
+Stage 1's adapters stay, frozen, under fresh ones: generator = [distilled, rl], fake score = [fake, fake_rl].
+
+    python rtdmd.py --distilled out/classroom/acdmd/final                the classroom, minutes on a laptop CPU
+    torchrun --nproc_per_node=8 rtdmd.py --model sd35 --distilled DIR --prompts FILE --rewards clipscore=1
+
+Writes to --out: args.json, log.jsonl, samples/, step_NNNNNN/ and final/ with the adapters rl, rl_ema and fake_rl.
+`sample.py --lora DIR/generator_ema --lora OUT/final/rl_ema` shows the result.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import models
+import rewards
+from models import cps_log_prob, cps_step, per_sample, seeded
+
+SCHEDULE = (1000, 750, 500, 250)
+PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
+PRESETS = {
+    "sd3": dict(guidance_scale=7.0, group_size=16, batch_size=2, batches=16),
+    "sd35": dict(guidance_scale=4.5, group_size=24, batch_size=9, batches=16),
+    "classroom": dict(
+        guidance_scale=2.5,
+        rewards="geneval_strict=0.6,geneval=0.4,clipscore=0.2",
+        reward_dir=models.CLASSROOM,
+        group_size=12,
+        batch_size=48,
+        batches=4,
+        epochs=250,
+        lr=1.5e-3,
+        lr_fake=1e-3,
+        lr_decay=0.3,
+        init_std=1 / 32,
+        dm_weight=0.02,
+        bp_weight=0.02,
+        consistency_batch=8,
+        ema_every=2,
+        dtype="float32",
+        checkpointing=False,
+        out=Path("out/classroom/rtdmd"),
+        distilled=Path("out/classroom/acdmd/final"),
+        sample_every=50,
+        save_every=50,
+    ),
+}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = p.add_argument
+    add("--model", default="classroom", choices=PRESETS, help="backbone; picks the preset that other flags override")
+    add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
+    add("--resolution", type=int, help="pixels a side (default: the backbone's)")
+    add("--distilled", type=Path, help="stage 1's final/ folder: its generator_ema and fake adapters are the start")
+    add("--prompts", type=Path, help=".jsonl with GenEval metadata (or .txt); the classroom makes its own")
+    add("--rewards", default=PUBLISHED, help="name=weight,...; the differentiable ones also back-propagate")
+    add("--reward_dir", type=Path, help="folder with reward weights that are not taken from the hub")
+    add("--out", type=Path, default=Path("out/rtdmd"), help="run folder")
+    add("--resume", type=Path, help="run folder or step_NNNNNN folder to go on from")
+    add("--seed", type=int, default=0, help="covers prompts, noise, chosen steps and the adapters' initial weights")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing")
+    add("--wandb", action="store_true", help="log to Weights & Biases too")
+    add("--epochs", type=int, default=1000, help="sample, score, one optimiser step of each network")
+    add("--group_size", type=int, default=24, help="K, images per prompt; paper: 16 or 24")
+    add("--batch_size", type=int, default=9, help="images of a micro-batch")
+    add("--batches", type=int, default=16, help="micro-batches an epoch and process; paper: 16")
+    add("--lr", type=float, default=3e-6, help="learning rate of the generator (weight decay 1e-4)")
+    add("--lr_fake", type=float, default=3e-5, help="learning rate of the fake score")
+    add("--lr_decay", type=float, default=0.0, help="share of the run over which both fall to 0 at its end; paper: 0")
+    add("--init_std", type=float, default=1.0, help="std of the fresh adapters' A; the published rates belong to 1")
+    add("--guidance_scale", type=float, default=4.5, help="classifier-free guidance of the teacher in L_G")
+    add("--eta", type=float, default=0.9, help="CPS stochasticity; paper: 0.9")
+    add("--n_chosen", type=int, default=2, choices=[1, 2, 3], help="SubGRPO: trained stochastic steps; 3: ablation")
+    add("--clip_range", type=float, default=1e-5, help="of the policy ratio; paper: 1e-5")
+    add("--policy_weight", type=float, default=1.0, help="weight of the policy gradient; 0: ablation")
+    add("--dm_weight", type=float, default=1e-3, help="weight of L_G; paper: 1e-3; 0: ablation without leash")
+    add("--bp_weight", type=float, default=1e-4, help="weight of reward back-propagation; paper: 1e-4; 0: ablation")
+    add("--reward_margin", type=float, default=3.0, help="back-propagation is mean(relu(margin - R)); paper: 3")
+    add("--gamma", type=float, default=0.01, help="weight of L_cons in L_fake; paper: 0.01")
+    add("--consistency_batch", type=int, help="L_cons on this many samples of each micro-batch (default: all)")
+    add("--ema_every", type=int, default=8, help="optimiser steps between EMA updates; paper: 8, decay at most 0.9")
+    add("--sample_every", type=int, default=100, help="epochs between sample grids; 0: none")
+    add("--save_every", type=int, default=50, help="epochs between checkpoints")
+    known, _ = p.parse_known_args(argv)
+    p.set_defaults(**PRESETS[known.model])
+    args = p.parse_args(argv)
+    for name in ("epochs", "group_size", "batch_size", "batches", "ema_every", "save_every"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    if not 0 < args.eta <= 1:
+        p.error(f"--eta {args.eta}: the policy gradient needs noise; allowed is above 0 to 1, the paper uses 0.9")
+    if args.prompts is None and args.model != "classroom":
+        p.error(f"--model {args.model} needs --prompts FILE (.jsonl with GenEval metadata, or .txt)")
+    if args.distilled is None:
+        p.error("--distilled DIR is missing: the final/ folder of an acdmd.py run")
+    if args.resume is None and not (args.distilled / "generator_ema").is_dir():
+        p.error(f"--distilled {args.distilled} has no generator_ema: run acdmd.py first and give its final/ folder")
+    try:
+        args.rewards = rewards.parse_weights(args.rewards)
+    except ValueError as error:
+        p.error(str(error))
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# reinforcement learning: advantages, policy loss, SubGRPO
+
+
+def group_advantages(rewards, prompts, weights):
+    """Advantages [N] over the global batch. rewards: {scorer: [N]}; prompts: N texts, equal texts are one group.
+
+        A = sum over scorers of w (r - mean of its prompt's group) / (std + 1e-4),    then (A - mean) / (std + 1e-4)
+
+    Both std are over all N images (population, float64). A group of one takes the global mean in place of its own.
+    """
+    _, group = np.unique(prompts, return_inverse=True)
+    size = np.bincount(group)
+    total = np.zeros(len(prompts))
+    for name, weight in weights.items():
+        r = np.asarray(rewards[name], dtype=np.float64)
+        mean = np.where(size == 1, r.mean(), np.bincount(group, r) / size)
+        total += weight * (r - mean[group]) / (r.std() + 1e-4)
+    return torch.from_numpy((total - total.mean()) / (total.std() + 1e-4)).float()
+
+
+def informative(rewards, prompts, weights):
+    """Bool [N]: does some weighted scorer tell the images of this one's group apart? A group of one always counts."""
+    _, group = np.unique(prompts, return_inverse=True)
+    varies = np.bincount(group) == 1
+    for name, weight in weights.items():
+        r = np.asarray(rewards[name], dtype=np.float64)
+        low, high = np.full(len(varies), np.inf), np.full(len(varies), -np.inf)
+        np.minimum.at(low, group, r), np.maximum.at(high, group, r)
+        varies |= (high > low) & (weight != 0)
+    return torch.from_numpy(varies[group])
+
+
+def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advantage=5.0):
+    """PPO's clipped loss mean(max(-A ratio, -A clip(ratio, 1 -+ clip_range))), ratio = exp(logp - logp_old). All [B]."""
+    advantages = advantages.clamp(-max_advantage, max_advantage)
+    ratio = (log_prob - old_log_prob).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
+
+
+def choose_steps(epoch, seed, candidates=(0, 1, 2), n=2):
+    """SubGRPO: the n stochastic steps trained in this epoch, sorted; the same on every rank."""
+    order = torch.randperm(len(candidates), generator=seeded(seed, epoch, "chosen steps"))
+    return sorted(candidates[i] for i in order[:n].tolist())
+
+
+def shared_noise(prompts, step, epoch, seed, shape):
+    """[B, *shape] on the CPU: one noise per prompt, the same for its whole group on whatever rank.
+
+    It takes the variance of the steps that are not trained out of the group's advantages (App. H).
+    """
+    return torch.stack([torch.randn(shape, generator=seeded(seed, epoch, step, "shared", p)) for p in prompts])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# stage 1's losses at s = 0, where x_t = (1-t) x0 + t z and a step back to s is x0_hat (tests pin them to acdmd.py's)
+
+
+def fake_score_loss(v_fake, x0, noise, sigma_t, max_weight=10.0):
+    """L_ac at s = 0: flow matching, mean(w t^2 (v_phi - (z - x0))^2) with w = clamp(1/t^2, 0, max_weight)."""
+    t2 = per_sample(sigma_t, x0) ** 2
+    return ((1 / t2).clamp(0, max_weight) * t2 * (v_fake - (noise - x0)).square()).mean()
+
+
+def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise_1, noise_2):
+    """L_cons: two-sample estimate of |E[h(x', t')] - h(x_t, t)|^2, h(x, sigma) = x - sigma v_phi. As acdmd.py's."""
+    sigma_t = per_sample(sigma_t, x_t)
+    sigma_back = (sigma_t - per_sample(delta, x_t) / 1000).clamp(min=0)
+    x_back = torch.cat([cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in (noise_1, noise_2)])
+    sigma_back = torch.cat([sigma_back, sigma_back])
+    h_1, h_2 = (x_back - sigma_back * predict(x_back, sigma_back.flatten())).chunk(2)
+    h_t = x_t - sigma_t * v_t
+    return ((h_1 - h_t) * (h_2 - h_t)).mean()
+
+
+def distribution_matching_loss(x0, x0_fake, x0_teacher):
+    """L_G at s = 0; its gradient is g / numel, g = (x0^phi - x0^psi) / mean|x0 - x0^psi|."""
+    with torch.no_grad():
+        scale = (x0 - x0_teacher).abs().flatten(1).mean(1)
+        g = torch.nan_to_num((x0_fake - x0_teacher) / per_sample(scale, x0), nan=0.0, posinf=0.0, neginf=0.0)
+    return 0.5 * (x0 - (x0 - g).detach()).square().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# functions that call the networks
+
+
+def noised(backbone, x0, indices, key):
+    """(x_t, sigma_t, noise): x0 taken to t, 1000 t ~ U(10, 1000) clamped to [20, 980]."""
+    u = models.draw(torch.rand, (), indices, *key, "t").to(x0.device)
+    sigma_t = ((1000 - 10) * u + 10).clamp(20, 980) / 1000
+    noise = models.draw(torch.randn, backbone.latent_shape, indices, *key, "z").to(x0.device)
+    t = per_sample(sigma_t, x0)
+    return (1 - t) * x0 + t * noise, sigma_t, noise
+
+
+@torch.no_grad()
+def sample(backbone, scorers, prompts, metadata, sigmas, chosen, args, indices, epoch):
+    """One micro-batch of rollouts: states [B, 5, C, H, W], log-probabilities {j: [B]} and rewards {name: [B]}, on the CPU."""
+    cond, shape, device = backbone.encode(prompts), backbone.latent_shape, backbone.device
+    x = models.draw(torch.randn, shape, indices, args.seed, epoch, "start").to(device)
+    states, log_probs = [x.cpu()], {}
+    for j in range(len(SCHEDULE)):
+        own = lambda j=j: models.draw(torch.randn, shape, indices, args.seed, epoch, "step", j)  # noqa: E731
+        noise = own() if j in chosen else shared_noise(prompts, j, epoch, args.seed, shape)
+        v = backbone.velocity(x, sigmas[j], cond)
+        x_next = cps_step(x, v, sigmas[j], sigmas[j + 1], args.eta, noise.to(device))
+        if j in chosen:
+            log_probs[j] = cps_log_prob(x_next, x, v, sigmas[j], sigmas[j + 1], args.eta).cpu()
+        x = x_next
+        states.append(x.cpu())
+    return torch.stack(states, 1), log_probs, scorers.score(backbone.decode(x), prompts, metadata)
+
+
+def fake_loss(backbone, cond, x0, args, indices, key):
+    """(L_ac, L_cons) on finished samples."""
+    x_t, sigma_t, noise = noised(backbone, x0, indices, key)
+    v_t = backbone.velocity(x_t, sigma_t, cond, role="fake")
+    loss_ac = fake_score_loss(v_t, x0, noise, sigma_t)
+    if args.gamma == 0:
+        return loss_ac, torch.zeros_like(loss_ac)
+    n = args.consistency_batch or len(x0)
+    delta = torch.cat([torch.randint(1, 201, (1,), generator=seeded(*key, "d", int(i))) for i in indices[:n]])
+    z = [
+        models.draw(torch.randn, backbone.latent_shape, indices[:n], *key, name).to(x0.device) for name in ("z1", "z2")
+    ]
+    twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
+    predict = lambda x, sigma: backbone.velocity(x, sigma, twice, role="fake")  # noqa: E731
+    return loss_ac, consistency_loss(predict, x_t[:n], sigma_t[:n], v_t[:n], delta.to(x0.device), args.eta, *z)
+
+
+def last_step_gradients(backbone, scorers, prompts, cond, uncond, x0, args, indices, key):
+    """Gradients of both last-step terms with respect to x0, and their values: (g_dm, g_bp, L_G, hinge).
+
+    Taken at x0, so that the reward model's and the VAE's activations are gone before the transformer's backward begins.
+    """
+    x0 = x0.detach().requires_grad_()
+    loss_dm = loss_bp = torch.zeros((), device=x0.device)
+    g_dm = g_bp = torch.zeros_like(x0)
+    if args.dm_weight:
+        with torch.no_grad():
+            x_t, sigma_t, _ = noised(backbone, x0, indices, key)
+            v_teacher = backbone.velocity(x_t, sigma_t, cond, args.guidance_scale, uncond, role="teacher")
+            v_fake = backbone.velocity(x_t, sigma_t, cond, role="fake")
+            x0_teacher, x0_fake = (cps_step(x_t, v, sigma_t, 0.0) for v in (v_teacher, v_fake))
+        loss_dm = distribution_matching_loss(x0, x0_fake, x0_teacher)
+        g_dm = args.dm_weight * torch.autograd.grad(loss_dm, x0)[0]
+    if args.bp_weight:
+        reward = scorers.differentiable(backbone.decode(x0), prompts)
+        loss_bp = torch.relu(args.reward_margin - reward).mean()
+        g_bp = args.bp_weight * torch.autograd.grad(loss_bp, x0)[0]
+    return g_dm, g_bp, loss_dm.detach(), loss_bp.detach()
+
+
+def step_optimizer(optimizer, lr, world_size):
+    """Average gradients over ranks, clip their norm at 1, step. Returns the norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    models.average_gradients(parameters, world_size)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def pick_prompts(pairs, n, g):
+    """n (prompt, metadata) pairs with distinct texts, in random order."""
+    picked = {}
+    for i in torch.randperm(len(pairs), generator=g).tolist():
+        picked.setdefault(pairs[i][0], pairs[i])
+        if len(picked) == n:
+            return list(picked.values())
+    raise ValueError(
+        f"an epoch needs {n} distinct prompts, the prompt file has {len(picked)}: lower --batches or --batch_size"
+    )
+
+
+def main(args):
+    # set-up, models, optimisers
+    rank, world_size, device = models.setup_distributed(args.device)
+    per_rank = args.batch_size * args.batches
+    n_images = per_rank * world_size
+    if n_images % args.group_size:
+        raise SystemExit(
+            f"{world_size} processes x batch {args.batch_size} x {args.batches} batches = {n_images} images do not split "
+            f"into groups of {args.group_size}: try --group_size {max(k for k in range(1, args.group_size) if n_images % k == 0)}"
+        )
+    stop = models.StopSignal()
+    pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts()
+    rewards.check_prompts(pairs, args.rewards)
+    backbone = models.load(args.model, args.weights, device, getattr(torch, args.dtype), args.resolution)
+    scorers = rewards.load_scorers(args.rewards, device, args.reward_dir)
+    transformer = backbone.transformer
+    backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake", "fake_rl"), "ema": ("distilled", "rl_ema")}
+    models.load_adapter(transformer, "distilled", args.distilled / "generator_ema")
+    models.load_adapter(transformer, "fake", args.distilled / "fake")
+    lora_rank = len(models.adapter_parameters(transformer, "distilled")[0])
+    names = ("rl", "rl_ema", "fake_rl")
+    start, state = 0, None
+    if args.resume:
+        state = models.load_checkpoint(args.resume, transformer, names)
+        start = state["step"]
+    else:
+        for name in names:
+            init = seeded(args.seed, "init", name.removesuffix("_ema"))
+            trainable = not name.endswith("_ema")
+            models.add_adapter(transformer, name, lora_rank, 2 * lora_rank, args.init_std, init, trainable)
+    generator, average, fake = (models.adapter_parameters(transformer, name) for name in names)
+    optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=1e-4, fused=True)
+    optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=True)
+    ema = models.EMA(generator, average, 0.9, args.ema_every, warmup=True)
+    if state:
+        optimizer.load_state_dict(state["optimizer"]), optimizer_fake.load_state_dict(state["optimizer_fake"])
+    if args.checkpointing:
+        models.enable_checkpointing(transformer)
+
+    sigmas = backbone.sigmas(SCHEDULE)
+    uncond = backbone.encode([""])
+    last = len(SCHEDULE) - 1
+    say = print if rank == 0 else lambda *_: None
+    say(f"{args.model}: {sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
+    say(f"{n_images // args.group_size} prompts x {args.group_size} = {n_images} images an epoch, {args.epochs} epochs")
+    say(f"rewards {args.rewards}, sigmas {[round(s, 4) for s in sigmas]}, writing to {args.out}")
+    log = models.RunLog(args.out, rank, args, args.wandb)
+
+    def checkpoint(step, final=False):
+        if rank == 0:
+            state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
+            models.save_checkpoint(args.out, step, transformer, names, state, args, final=final)
+
+    bar = tqdm(range(start, args.epochs), "RTDMD", initial=start, total=args.epochs, disable=rank > 0)
+    for epoch in bar:
+        began = time.perf_counter()
+        lr_scale = min(1.0, (args.epochs - epoch) / (args.lr_decay * args.epochs)) if args.lr_decay else 1.0
+        picked = pick_prompts(pairs, n_images // args.group_size, seeded(args.seed, epoch, "prompts"))
+        all_prompts = [prompt for prompt, _ in picked for _ in range(args.group_size)]
+        mine = range(rank * per_rank, (rank + 1) * per_rank)  # images are numbered over all ranks; groups may span them
+        prompts = all_prompts[mine.start : mine.stop]
+        metadata = [picked[i // args.group_size][1] for i in mine]
+
+        # 1) choose steps
+        chosen = choose_steps(epoch, args.seed, tuple(range(last)), args.n_chosen)
+
+        # 2) sample, 3) reward
+        parts = []
+        for b in range(0, per_rank, args.batch_size):
+            part = slice(b, b + args.batch_size)
+            call = (prompts[part], metadata[part], sigmas, chosen, args, mine[part], epoch)
+            parts.append(sample(backbone, scorers, *call))
+        states = torch.cat([s for s, _, _ in parts])
+        old_log_prob = {j: torch.cat([logp[j] for _, logp, _ in parts]) for j in chosen}
+        scores = {name: torch.cat([r[name] for _, _, r in parts]) for name in args.rewards}
+        scores = {name: torch.tensor(models.gather(r.tolist(), world_size)) for name, r in scores.items()}
+        advantages = group_advantages(scores, all_prompts, args.rewards)[mine.start : mine.stop]
+        signal = informative(scores, all_prompts, args.rewards)[mine.start : mine.stop]
+        sampled = time.perf_counter()
+
+        # 4) fake score, on the finished samples, before the advantages are used
+        sums = {}
+        if args.dm_weight:
+            for b in range(0, per_rank, args.batch_size):
+                part = slice(b, b + args.batch_size)
+                x0 = states[part, -1].to(device)
+                cond = backbone.encode(prompts[part])
+                loss_ac, loss_cons = fake_loss(backbone, cond, x0, args, mine[part], (args.seed, epoch, "fake"))
+                ((loss_ac + args.gamma * loss_cons) / args.batches).backward()
+                add_to(sums, {"loss/ac": loss_ac, "loss/cons": loss_cons}, args.batches)
+            sums["grad_norm/fake"] = step_optimizer(optimizer_fake, lr_scale * args.lr_fake, world_size)
+
+        # 5) generator
+        g = seeded(args.seed, epoch, rank, "order")
+        order = torch.randperm(per_rank, generator=g)
+        policy_order = order[signal[order]] if signal.any() else order  # groups without signal leave the policy term
+        terms = args.batches * (len(chosen) + 1)
+        for part in policy_order.tensor_split(args.batches) if args.policy_weight else ():
+            # chosen steps: policy gradient
+            if not len(part):
+                continue
+            cond = backbone.encode([prompts[i] for i in part])
+            for j in chosen:
+                x, x_next = (states[part, i].to(device) for i in (j, j + 1))
+                log_prob = cps_log_prob(
+                    x_next, x, backbone.velocity(x, sigmas[j], cond), sigmas[j], sigmas[j + 1], args.eta
+                )
+                old, advantage = old_log_prob[j][part].to(device), advantages[part].to(device)
+                loss = policy_loss(log_prob, old, advantage, args.clip_range)
+                (args.policy_weight * loss / terms).backward()
+                drift = (log_prob.detach() - old).exp() - 1
+                clipped = (drift.abs() > args.clip_range).float().mean()
+                add_to(sums, {"loss/policy": loss, "ratio_drift": drift.abs().mean(), "clip_fraction": clipped}, terms)
+        if args.policy_weight:
+            sums["grad_norm/policy"] = torch.nn.utils.get_total_norm([p.grad for p in generator])
+        for part in order.split(args.batch_size) if args.dm_weight or args.bp_weight else ():
+            # last step: leash and reward back-propagation
+            part_prompts, x = [prompts[i] for i in part], states[part, last].to(device)
+            cond = backbone.encode(part_prompts)
+            x0 = cps_step(x, backbone.velocity(x, sigmas[last], cond), sigmas[last], 0.0)
+            call = (args, [mine[i] for i in part], (args.seed, epoch, "generator"))
+            g_dm, g_bp, loss_dm, loss_bp = last_step_gradients(backbone, scorers, part_prompts, cond, uncond, x0, *call)
+            x0.backward((g_dm + g_bp) / terms)
+            add_to(sums, {"loss/dm": loss_dm, "loss/bp": loss_bp}, args.batches)
+            add_to(sums, {"grad_x0/dm": g_dm.norm(), "grad_x0/bp": g_bp.norm()}, terms)
+        sums["grad_norm/generator"] = step_optimizer(optimizer, lr_scale * args.lr, world_size)
+
+        # 6) EMA
+        ema.update(epoch + 1)
+
+        # log, sample, save
+        row = {name: value.item() for name, value in sums.items()}
+        bad = [name for name, value in row.items() if not abs(value) < float("inf")]
+        if bad:
+            raise SystemExit(f"epoch {epoch + 1}: {bad[0]} is not finite; the last checkpoint in {args.out} is good")
+        row |= {f"reward/{name}": r.mean().item() for name, r in scores.items()}
+        seconds = time.perf_counter() - began
+        log.write(step=epoch + 1, **row, images_per_s=n_images / seconds, sampling_share=(sampled - began) / seconds)
+        bar.set_postfix({name: f"{r.mean().item():.3f}" for name, r in scores.items()})
+        stopped = stop.agreed(world_size, device)
+        if rank == 0 and args.sample_every and ((epoch + 1) % args.sample_every == 0 or epoch == 0):
+            latents = models.sample_latents(backbone, [p for p, _ in pairs[:16]], sigmas, args.eta, role="ema")
+            with torch.no_grad():
+                models.save_grid(
+                    backbone.decode(latents), args.out / "samples" / f"epoch_{epoch + 1:06d}.png", columns=8
+                )
+        if (epoch + 1) % args.save_every == 0 or stopped:
+            checkpoint(epoch + 1)
+        if stopped:
+            say(f"\nstopped after epoch {epoch + 1}; go on with: --resume {args.out}")
+            return
+    checkpoint(args.epochs, final=True)
+    say(f"done: {args.out}/final/rl_ema")
+
+
+def add_to(sums, values, count):
+    """Accumulate means of detached scalars without leaving the device."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value.detach() / count
+
+
+if __name__ == "__main__":
+    main(parse_args())
