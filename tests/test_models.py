@@ -1,0 +1,178 @@
+"""Backbone, adapters and state, on the committed classroom teacher."""
+
+import types
+
+import pytest
+import torch
+
+import acdmd
+import models
+import rtdmd
+
+PROMPTS = ["a red circle above a blue square", "three green crosses", "a cross"]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    b = models.load("classroom")
+    for name in ("generator", "fake"):
+        parameters = models.add_adapter(b.transformer, name, rank=4, alpha=8, generator=models.seeded(name))
+        with torch.no_grad():
+            for p in parameters:
+                p.copy_(0.05 * torch.randn(p.shape, generator=models.seeded(name, tuple(p.shape))))
+    b.roles |= {"generator": ("generator",), "fake": ("fake",)}
+    return b
+
+
+def gradients(backbone, role, parameters):
+    x = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x"))
+    v = backbone.velocity(x, 0.7, backbone.encode(PROMPTS), role=role)
+    return torch.autograd.grad(v.square().sum(), parameters)
+
+
+def test_many_step_sampling_equals_the_pipelines_own_call(backbone):
+    noise = models.draw(torch.randn, backbone.latent_shape, range(3), "sample", 5, "start")
+    call = dict(num_inference_steps=8, guidance_scale=3.0, max_sequence_length=backbone.text_tokens, latents=noise)
+    backbone.pipe.set_progress_bar_config(disable=True)
+    want = backbone.pipe(PROMPTS, output_type="pt", **call).images
+    ours = models.sample_latents(backbone, PROMPTS, backbone.sigmas(8), 0.0, 3.0, seed=5, role="teacher")
+    with torch.no_grad():
+        assert (backbone.decode(ours) - want).abs().max() < 1e-4
+
+
+def test_roles_differ_and_adapters_nest(backbone):
+    x, cond = torch.randn(3, *backbone.latent_shape), backbone.encode(PROMPTS)
+    teacher, generator, fake = (backbone.velocity(x, 0.5, cond, role=r) for r in ("teacher", "generator", "fake"))
+    assert (teacher - generator).abs().max() > 1e-3 and (generator - fake).abs().max() > 1e-3
+    with models.adapters(backbone.transformer, "fake"):
+        with models.adapters(backbone.transformer):
+            pass
+        assert backbone.transformer.lora_switch.active == ("fake",)
+    assert backbone.transformer.lora_switch.active == ()
+    with pytest.raises(ValueError, match="no adapter named 'fakes'"), models.adapters(backbone.transformer, "fakes"):
+        pass
+
+
+@pytest.mark.parametrize("role", ["generator", "fake"])
+def test_checkpointing_gives_the_same_gradients_even_if_another_role_ran_in_between(backbone, role):
+    parameters = models.adapter_parameters(backbone.transformer, role)
+    plain = gradients(backbone, role, parameters)
+    models.enable_checkpointing(backbone.transformer)
+    try:
+        x = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x"))
+        v = backbone.velocity(x, 0.7, backbone.encode(PROMPTS), role=role)
+        backbone.velocity(x, 0.2, backbone.encode(PROMPTS), role="teacher")
+        with models.adapters(backbone.transformer, *backbone.roles["fake" if role == "generator" else "generator"]):
+            recomputed = torch.autograd.grad(v.square().sum(), parameters)
+    finally:
+        backbone.transformer.disable_gradient_checkpointing()
+    assert max(g.abs().max() for g in plain) > 0
+    for a, b in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_teacher_is_bit_identical_through_training_and_the_base_is_held_once(backbone):
+    x, cond = torch.randn(3, *backbone.latent_shape), backbone.encode(PROMPTS)
+    with torch.no_grad():
+        before = backbone.velocity(x, 0.5, cond, role="teacher")
+    parameters = models.adapter_parameters(backbone.transformer, "generator")
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    loss = backbone.velocity(x, 0.5, cond, role="generator").square().mean()
+    with torch.no_grad():
+        assert torch.equal(backbone.velocity(x, 0.5, cond, role="teacher"), before)
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(backbone.velocity(x, 0.5, cond, role="teacher"), before)
+        assert not torch.equal(backbone.velocity(x, 0.5, cond, role="generator"), before)
+    frozen = [p for p in backbone.transformer.parameters() if not p.requires_grad]
+    storages = {p.untyped_storage().data_ptr() for p in frozen}
+    published = models.load_transformer(type(backbone.transformer), models.CLASSROOM / "teacher/transformer", torch.float32)
+    size = sum(p.untyped_storage().nbytes() for p in {p.data_ptr(): p for p in frozen}.values())
+    assert len(storages) == len(frozen) == len(list(published.parameters()))
+    assert size == sum(p.nbytes for p in published.parameters())
+
+
+def test_adapter_file_round_trip_and_refusals(backbone, tmp_path):
+    models.save_adapter(backbone.transformer, "generator", tmp_path / "a")
+    models.load_adapter(backbone.transformer, "again", tmp_path / "a")
+    for a, b in zip(*(models.adapter_parameters(backbone.transformer, n) for n in ("generator", "again")), strict=True):
+        assert torch.equal(a, b) and not b.requires_grad
+    file = tmp_path / "a" / models.LORA_FILE
+    tensors = models.load_file(file)
+    path = next(iter(models.lora_modules(backbone.transformer)))
+    key = f"transformer.{path}.lora_A.weight"
+
+    def refused(tensors, match):
+        models.save_file(tensors, file)
+        with pytest.raises(ValueError, match=match):
+            models.load_adapter(backbone.transformer, "broken", file)
+
+    refused({k: v for k, v in tensors.items() if k != key}, f"{key} is missing")
+    refused(tensors | {key: torch.zeros(4, 7)}, "has shape")
+    refused(tensors | {"transformer.nowhere.lora_A.weight": torch.zeros(4, 7)}, "nowhere.lora_A.weight fits no layer")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cut short"):
+        models.load_adapter(backbone.transformer, "broken", file)
+    with pytest.raises(ValueError, match="no adapter at"):
+        models.load_adapter(backbone.transformer, "broken", tmp_path / "nowhere")
+
+
+def test_stage_2_losses_equal_stage_1_at_s_0(backbone):
+    x0, x_fake, x_teacher, noise, n1, n2 = torch.randn(6, 3, *backbone.latent_shape, generator=models.seeded("s0"))
+    sigma_t, delta = torch.tensor([0.02, 0.4, 0.98]), torch.tensor([200, 7, 100])
+    x_t, target, sigma_ts = models.renoise(x0, 0.0, sigma_t, noise)
+    parameters = models.adapter_parameters(backbone.transformer, "fake")
+    cond = {k: torch.cat([c, c]) for k, c in backbone.encode(PROMPTS).items()}
+
+    def both(f_1, f_2, inputs):
+        a, b = f_1(), f_2()
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        for g, h in zip(torch.autograd.grad(a, inputs), torch.autograd.grad(b, inputs), strict=True):
+            assert g.abs().max() > 0
+            torch.testing.assert_close(g, h, atol=1e-6, rtol=1e-4)
+
+    v = lambda: backbone.velocity(x_t, sigma_t, backbone.encode(PROMPTS), role="fake")  # noqa: E731
+    predict = lambda x, sigma: backbone.velocity(x, sigma, cond, role="fake")  # noqa: E731
+    both(
+        lambda: acdmd.fake_score_loss(v(), target, sigma_ts),
+        lambda: rtdmd.fake_score_loss(v(), x0, noise, sigma_t),
+        parameters,
+    )
+    both(*(lambda f=f: f(predict, x_t, sigma_t, v(), delta, 0.9, n1, n2) for f in (acdmd.consistency_loss, rtdmd.consistency_loss)), parameters)
+    x0.requires_grad_()
+    both(*(lambda f=f: f(x0, x_fake, x_teacher) for f in (acdmd.distribution_matching_loss, rtdmd.distribution_matching_loss)), [x0])
+
+
+def test_whole_fake_loss_of_both_stages_is_equal_at_s_0(backbone):
+    args = types.SimpleNamespace(gamma=0.01, consistency_batch=None, delta_max=200, eta=0.9)
+    x0 = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x0"))
+    cond, key = backbone.encode(PROMPTS), (0, 1, "fake")
+    one = acdmd.fake_losses(backbone, cond, x0, 0.0, args, range(3), key)
+    two = rtdmd.fake_loss(backbone, cond, x0, args, range(3), key)
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_decode_is_differentiable_and_in_range(backbone):
+    z = torch.randn(2, *backbone.latent_shape, requires_grad=True)
+    images = backbone.decode(z)
+    assert images.shape == (2, 3, 64, 64) and images.min() >= 0 and images.max() <= 1
+    assert torch.autograd.grad(images.mean(), z)[0].abs().max() > 0
+
+
+def test_noise_of_a_sample_does_not_depend_on_its_batch(backbone):
+    sigmas = backbone.sigmas()
+    assert sigmas == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    whole = models.sample_latents(backbone, PROMPTS, sigmas, 0.9, seed=3)
+    alone = models.sample_latents(backbone, PROMPTS[2:], sigmas, 0.9, seed=3, indices=[2])
+    torch.testing.assert_close(whole[2:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_resolution_and_model_are_checked(backbone):
+    with pytest.raises(ValueError, match="does not divide by 16: try 48 or 64"):
+        models.load("classroom", resolution=50)
+    with pytest.raises(ValueError, match="unknown model 'sd4'; allowed: classroom"):
+        models.load("sd4")
+    with pytest.raises(ValueError, match="guidance_scale > 1 needs uncond"):
+        backbone.velocity(torch.randn(3, *backbone.latent_shape), 0.5, backbone.encode(PROMPTS), 2.0)
