@@ -4,10 +4,10 @@ Ambient-consistent distribution matching, section 3 and appendices B-F of "Reinf
 Reward-Tilted Distribution Matching" (arXiv 2605.26108). Teacher psi, generator theta and fake score phi are one frozen
 transformer with different LoRA adapters. Each iteration:
 
-1. Rollout: draw k in {1..4}, walk k CPS steps of the generator from x ~ N(0, I); x_s lies at noise level s = sigma_{k+1}.
+1. Rollout: draw k in {1..4}, walk k CPS steps of the generator from x ~ N(0, I); x_s lies at level s = sigma_{k+1}.
 2. Fake score: re-noise x_s to x_t with t in (s, 1), fit v_phi to the ambient target v* (L_ac), and keep it consistent
    along its own trajectories (L_cons):                                  L_fake = L_ac + gamma L_cons
-3. Generator, every `--fake_update_ratio`-th iteration, on a rollout of its own: walk x_t back to s with teacher and fake
+3. Generator, every `--fake_update_ratio`-th iteration, on its own rollout: walk x_t back to s with teacher and fake
    score; their difference is the gradient:                              dL_G/dx_s ~ x_s^phi - x_s^psi
 4. EMA of the generator's adapter.
 
@@ -112,10 +112,10 @@ def fake_score_loss(v_fake, target, sigma_ts, max_weight=10.0):
 def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise_1, noise_2):
     """L_cons = mean((h(x'_1, t') - h(x_t, t)) (h(x'_2, t') - h(x_t, t))),   h(x, sigma) = x - sigma v_phi(x, sigma).
 
-    The optimal fake score is self-consistent: averaged over one of its own transitions t -> t', h does not move (App. E).
+    The optimal fake score is self-consistent: averaged over its own transition t -> t', h does not move (App. E).
     The square of that average needs two independent transitions x'_1, x'_2; one alone would add its variance (App. F).
 
-    predict(x, sigma) -> v_phi, called once on both transitions as [2B, C, H, W]; v_t = v_phi(x_t, sigma_t), with gradient;
+    predict(x, sigma) -> v_phi, called once on both transitions, [2B, C, H, W]; v_t = v_phi(x_t, sigma_t) with gradient;
     delta: [B] integer timesteps to go back. Gradients flow through the three h, not through the transitions.
     """
     sigma_t = models.per_sample(sigma_t, x_t).expand(len(x_t), 1, 1, 1)
@@ -234,8 +234,8 @@ def main(args):
             init = seeded(args.seed, "init", name.removesuffix("_ema"))
             models.add_adapter(transformer, name, args.rank, 2 * args.rank, generator=init, trainable="ema" not in name)
     generator, average, fake = (models.adapter_parameters(transformer, name) for name in names)
-    optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=0.0, fused=True)
-    optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
+    optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=device.type == "cuda")
     ema = models.EMA(generator, average, args.ema_decay)
     if state:
         optimizer.load_state_dict(state["optimizer"]), optimizer_fake.load_state_dict(state["optimizer_fake"])
@@ -250,7 +250,8 @@ def main(args):
     say(f"{args.model}: {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters with adapters, ")
     say(f"{sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score; on {device}")
     say(
-        f"{batch} images an iteration, {args.steps} iterations, {args.steps // args.fake_update_ratio} generator updates"
+        f"{batch} images an iteration, {args.steps} iterations, "
+        f"{args.steps // args.fake_update_ratio} generator updates"
     )
     say(f"sigmas {[round(s, 4) for s in sigmas]}, eta {args.eta}, {len(prompts)} prompts, writing to {args.out}")
     log = models.RunLog(args.out, rank, args, args.wandb)
@@ -318,4 +319,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    models.run(main, parse_args())

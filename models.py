@@ -1,7 +1,7 @@
 """What is true whatever the loss: backbones, adapters, sampler, shared formulas, processes, checkpoints.
 
-A backbone wraps a diffusers pipeline object. Text encoding, VAE, scheduler and packing are the pipeline's own; this file
-adds `velocity`, which runs the one frozen transformer in the role of teacher, generator or fake score. A role is a list
+A backbone wraps a diffusers pipeline object. Text encoding, VAE, scheduler and packing are the pipeline's own; this
+file adds `velocity`, which runs the one frozen transformer as teacher, generator or fake score. A role is a list
 of LoRA adapters (arXiv 2605.26108, section 3), so three networks cost one copy of the weights.
 
 Notation of the paper: x_sigma = (1 - sigma) x0 + sigma noise, v = noise - x0, x0_hat = x - sigma v,
@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+
+class UserError(ValueError):
+    """Something a user can mend. `run` prints it as one line and exits with status 2."""
+
+
+def run(main, args):
+    """A script's entry: main(args), with a UserError shown as one line."""
+    try:
+        main(args)
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # shared formulas (tensors in, tensors out, float32 inside)
@@ -44,9 +62,9 @@ def cps_mean(x, v, sigma, sigma_next, eta=0.0):
 
 
 def cps_step(x, v, sigma, sigma_next, eta=0.0, noise=None):
-    """One step of coefficient-preserving sampling, x' = mu + s' sin(eta pi/2) z. eta 0: Euler ODE; eta 1: full re-noising.
+    """One step of coefficient-preserving sampling, x' = mu + s' sin(eta pi/2) z. eta 0: Euler; eta 1: full re-noising.
 
-    x, v, noise: [B, C, H, W]; sigma, sigma_next: floats or [B], in [0, 1]. noise is drawn here if it is needed and None.
+    x, v, noise: [B, C, H, W]; sigma, sigma_next: floats or [B], in [0, 1]. noise is drawn here if needed and None.
     At sigma_next = 0 the step is deterministic, x' = x0_hat. Returns float32.
     """
     mean = cps_mean(x, v, sigma, sigma_next, eta)
@@ -103,7 +121,7 @@ def few_step_sigmas(scheduler, steps, image_tokens=None, family="sd3"):
 
         mu = compute_empirical_mu(image_tokens, len(raw))
     else:
-        raise ValueError(f"unknown family {family!r}; allowed: sd3, flux1, flux2")
+        raise UserError(f"unknown family {family!r}; allowed: sd3, flux1, flux2")
     sigmas = [math.exp(mu) / (math.exp(mu) + (1 / r - 1)) for r in raw]
     if config.shift_terminal:  # stretch so that the last level before 0 is shift_terminal
         scale = (1 - sigmas[-1]) / (1 - config.shift_terminal)
@@ -138,7 +156,7 @@ def adapters(transformer, *names):
     switch = transformer.lora_switch
     missing = [name for name in names if name not in switch.known]
     if missing:
-        raise ValueError(f"no adapter named {missing[0]!r}; this transformer has: {', '.join(switch.known) or 'none'}")
+        raise UserError(f"no adapter named {missing[0]!r}; this transformer has: {', '.join(switch.known) or 'none'}")
     before, switch.active = switch.active, names
     try:
         yield
@@ -170,7 +188,7 @@ def add_adapter(transformer, name, rank=32, alpha=64, init_std=None, generator=N
     The draws come from a CPU generator, so every rank makes the same. Returns the list of its parameters.
     """
     if name in transformer.lora_switch.known:
-        raise ValueError(f"adapter {name!r} exists already")
+        raise UserError(f"adapter {name!r} exists already")
     for module in lora_modules(transformer).values():
         out_features, in_features = module.base.weight.shape
         A = torch.randn(rank, in_features, generator=generator) * (init_std or 1 / rank)
@@ -206,10 +224,10 @@ def save_adapter(transformer, name, folder):
 
 
 def load_adapter(transformer, name, source, trainable=False):
-    """Add adapter `name` from a folder (or file) that `save_adapter` wrote. Every key must fit, or a ValueError names it."""
+    """Add adapter `name` from what `save_adapter` wrote; a key that does not fit raises a UserError that names it."""
     file = Path(source) / LORA_FILE if Path(source).is_dir() else Path(source)
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"no adapter at {source}: expected a folder with {LORA_FILE}, as acdmd.py writes final/generator_ema"
         )
     try:
@@ -217,7 +235,7 @@ def load_adapter(transformer, name, source, trainable=False):
         with safe_open(file, "pt") as f:
             config = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except Exception as error:  # safetensors has one exception class for all that can be wrong with a file
-        raise ValueError(f"{file} is no complete safetensors file ({error}); it may have been cut short") from error
+        raise UserError(f"{file} is no complete safetensors file ({error}); it may have been cut short") from error
     ranks = {len(t) for key, t in tensors.items() if key.endswith(".lora_A.weight")}
     rank = config.get("transformer.r", min(ranks, default=0))
     alpha, left = config.get("transformer.lora_alpha", rank), dict(tensors)
@@ -227,15 +245,15 @@ def load_adapter(transformer, name, source, trainable=False):
         for key, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
             full = f"transformer.{path}.{key}.weight"
             if full not in left:
-                raise ValueError(f"{file}: {full} is missing; was this adapter trained on another backbone?")
+                raise UserError(f"{file}: {full} is missing; was this adapter trained on another backbone?")
             if tuple(left[full].shape) != shape:
                 got = tuple(left[full].shape)
-                raise ValueError(
+                raise UserError(
                     f"{file}: {full} has shape {got}, this backbone needs {shape}; was it trained on another?"
                 )
             left.pop(full)
     if left:
-        raise ValueError(f"{file}: {sorted(left)[0]} fits no layer of this backbone ({len(left)} such keys)")
+        raise UserError(f"{file}: {sorted(left)[0]} fits no layer of this backbone ({len(left)} such keys)")
     add_adapter(transformer, name, rank, alpha, trainable=trainable)
     with torch.no_grad():
         for path, m in modules.items():
@@ -247,8 +265,8 @@ def load_adapter(transformer, name, source, trainable=False):
 def enable_checkpointing(transformer):
     """Activation checkpointing that recomputes a block with the adapters it ran with.
 
-    The recomputation happens inside backward(), when another role may be switched on; without the context below it would
-    run with that role's adapters and give wrong gradients without a word.
+    The recomputation happens inside backward(), when another role may be switched on; without the context below it
+    would run with that role's adapters and give wrong gradients without a word.
     """
 
     def checkpoint(module, *args):
@@ -282,7 +300,7 @@ class SD3:
         factor = pipe.vae_scale_factor * pipe.transformer.config.patch_size
         if resolution % factor:
             below = resolution - resolution % factor
-            raise ValueError(
+            raise UserError(
                 f"resolution {resolution} does not divide by {factor}: try {below or factor} or {below + factor}"
             )
         self.pipe, self.device, self.dtype, self.text_tokens = pipe.to(device), torch.device(device), dtype, text_tokens
@@ -297,15 +315,17 @@ class SD3:
     @torch.no_grad()
     def encode(self, prompts):
         """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._embeddings]
-        if len(self._embeddings) + len(new) > 2048:
-            self._embeddings, new = {}, list(dict.fromkeys(prompts))
-        if new:
-            embeds, _, pooled, _ = self.pipe.encode_prompt(
-                new, None, None, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
-            )
-            self._embeddings |= dict(zip(new, zip(embeds.cpu(), pooled.cpu(), strict=True), strict=True))
+        for prompt in dict.fromkeys(prompts):
+            if (
+                prompt not in self._embeddings
+            ):  # one at a time: rounding must not depend on the neighbours, or a resumed
+                embeds, _, pooled, _ = self.pipe.encode_prompt(  # run would differ in the last digit
+                    prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
+                )
+                self._embeddings[prompt] = (embeds[0].cpu(), pooled[0].cpu())
         embeds, pooled = zip(*(self._embeddings[p] for p in prompts), strict=True)
+        while len(self._embeddings) > 2048:  # the oldest go: 2048 prompts of SD3 are 3 GB of host memory
+            del self._embeddings[next(iter(self._embeddings))]
         return {
             "encoder_hidden_states": torch.stack(embeds).to(self.device),
             "pooled_projections": torch.stack(pooled).to(self.device),
@@ -314,15 +334,15 @@ class SD3:
     def velocity(self, x, sigma, cond, guidance_scale=1.0, uncond=None, role="generator"):
         """v = noise - x0 as seen by a role, float32 [B, C, H, W]. sigma: float or [B] in [0, 1].
 
-        guidance_scale > 1 runs unconditional and conditional as one batch of 2B: v = v_u + scale (v_c - v_u). `uncond` is
-        `encode([""])`, one row for all samples or one each.
+        guidance_scale > 1 runs unconditional and conditional as one batch of 2B: v = v_u + scale (v_c - v_u). `uncond`
+        is `encode([""])`, one row for all samples or one each.
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
         guided = guidance_scale > 1
         if guided:
             if uncond is None:
-                raise ValueError('guidance_scale > 1 needs uncond: pass uncond=backbone.encode([""])')
+                raise UserError('guidance_scale > 1 needs uncond: pass uncond=backbone.encode([""])')
             cond = {key: torch.cat([uncond[key].expand_as(cond[key]), cond[key]]) for key in cond}
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         with adapters(self.transformer, *self.roles[role]), self.autocast():
@@ -340,7 +360,7 @@ class SD3:
         return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def sigmas(self, steps=(1000, 750, 500, 250)):
-        """Noise levels ending in 0.0: of a few-step schedule (raw timesteps), or of the pipeline's own with `steps` steps."""
+        """Noise levels ending in 0.0: of few raw timesteps, or of the pipeline's own schedule of `steps` steps."""
         if isinstance(steps, int):
             self.scheduler.set_timesteps(steps)
             return self.scheduler.sigmas.tolist()
@@ -352,15 +372,13 @@ class SD3:
 
 def load(model, weights=None, device="cpu", dtype=torch.float32, resolution=None):
     """A backbone by name. weights: a diffusers pipeline folder or hub id in place of the published one."""
-    from diffusers import StableDiffusion3Pipeline
-
     if model not in BACKBONES:
-        raise ValueError(f"unknown model {model!r}; allowed: {', '.join(BACKBONES)}")
+        raise UserError(f"unknown model {model!r}; allowed: {', '.join(BACKBONES)}")
     facts = BACKBONES[model]
     source = str(weights or facts["repo"])
     if not Path(source).is_dir():
         if Path(source).is_absolute() or source.startswith("."):
-            raise ValueError(f"no weights at {source}: give a diffusers pipeline folder or a hub id with --weights")
+            raise UserError(f"no weights at {source}: give a diffusers pipeline folder or a hub id with --weights")
         from huggingface_hub import snapshot_download
 
         patterns = [
@@ -370,7 +388,8 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, resolution=None
             "[tsv]*/*.safetensors",
         ]  # transformer, text encoders, vae; no single files
         source = snapshot_download(source, allow_patterns=patterns)
-    from diffusers import SD3Transformer2DModel
+    quiet_libraries()
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     transformer = load_transformer(SD3Transformer2DModel, Path(source) / "transformer", dtype)
     absent = {}
@@ -378,8 +397,20 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, resolution=None
     for part in ("text_encoder_3", "tokenizer_3"):
         if index.get(part, [None])[0] is None:
             absent[part] = None
-    pipe = StableDiffusion3Pipeline.from_pretrained(source, transformer=transformer, torch_dtype=dtype, **absent)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        source, transformer=transformer, dtype=dtype, low_cpu_mem_usage=False, **absent
+    )
     return SD3(pipe, resolution or facts["resolution"], facts["text_tokens"], device, dtype)
+
+
+def quiet_libraries():
+    """Errors only from diffusers and transformers: their notes on torchvision and progress bars hide our own."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def load_transformer(cls, folder, dtype):
@@ -390,7 +421,7 @@ def load_transformer(cls, folder, dtype):
     for file in sorted(Path(folder).glob("*.safetensors")):
         state |= load_file(file)
     if not state:
-        raise ValueError(f"no .safetensors weights in {folder}")
+        raise UserError(f"no .safetensors weights in {folder}")
     model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     return model.eval()
 
@@ -401,7 +432,7 @@ def load_transformer(cls, folder, dtype):
 
 @torch.no_grad()
 def sample_latents(backbone, prompts, sigmas, eta=0.0, guidance_scale=1.0, seed=0, indices=None, role="generator"):
-    """Latents [B, C, H, W] after walking `sigmas` (ending in 0). Image i's noise depends on (seed, indices[i]) alone."""
+    """Latents [B, C, H, W] after walking `sigmas` (ending in 0). Image i's noise depends on (seed, indices[i])."""
     indices = range(len(prompts)) if indices is None else indices
     cond = backbone.encode(prompts)
     uncond = backbone.encode([""]) if guidance_scale > 1 else None
@@ -439,7 +470,7 @@ def setup_distributed(device=None):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise ValueError("--device cuda was given, but torch sees no GPU: use --device cpu")
+            raise UserError("--device cuda was given, but torch sees no GPU: use --device cpu")
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -481,7 +512,7 @@ def seeded(*key):
 def draw(kind, shape, indices, *key):
     """torch.randn or torch.rand of [len(indices), *shape] in which row i depends on (key, indices[i]) alone.
 
-    Samples are numbered over all ranks, so a run draws the same whether one process holds the batch or several share it.
+    Samples are numbered over all ranks, so a run draws the same whether one process holds the batch or several do.
     """
     return torch.stack([kind(shape, generator=seeded(*key, int(i))) for i in indices])
 
@@ -515,8 +546,8 @@ class StopSignal:
 class EMA:
     """Exponential moving average: `average` follows `parameters`.
 
-    decay: fixed (stage 1), or with `warmup` min(decay, (1 + n) / (10 + n)) (stage 2). `update(n)` follows the n-th optimiser
-    step and acts when n + 1 is a multiple of `every`.
+    decay: fixed (stage 1), or with `warmup` min(decay, (1 + n) / (10 + n)) (stage 2). `update(n)` follows the n-th
+    optimiser step and acts when n + 1 is a multiple of `every`.
     """
 
     def __init__(self, parameters, average, decay, every=1, warmup=False):
@@ -578,7 +609,7 @@ def load_checkpoint(folder, transformer, names):
     if not (folder / "state.pt").is_file():
         steps = sorted(folder.glob("step_*"))
         if not steps:
-            raise ValueError(
+            raise UserError(
                 f"--resume {folder}: no checkpoint there; give a run folder or one of its step_NNNNNN folders"
             )
         folder = steps[-1]

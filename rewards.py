@@ -1,7 +1,7 @@
 """Rewards: scorers with one signature, prompt files, and GenEval's decision rules.
 
-A scorer maps (images [B, 3, H, W] in [0, 1], prompts, metadata) to columns {name: [B] float32}. The trainers and sample.py
-ask for columns with weights, `--rewards clipscore=1,geneval=1`, and get a `Scorers` that loads each model once.
+A scorer maps (images [B, 3, H, W] in [0, 1], prompts, metadata) to columns {name: [B] float32}. The trainers
+and sample.py ask for columns with weights, `--rewards clipscore=1,geneval=1`, and get a `Scorers`: each model once.
 
 Reported scores, and the rewards of the policy gradient, see pictures rounded to 8 bits as a file would hold them. The
 differentiable path does not round.
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-CLASSROOM = Path(__file__).resolve().parent / "classroom"
+import models
+from models import UserError
 
 # ---------------------------------------------------------------------------------------------------------------
 # scorers
@@ -23,8 +24,8 @@ CLASSROOM = Path(__file__).resolve().parent / "classroom"
 class CLIPScore:
     """Cosine of a CLIP model's image and text embeddings; differentiable in the images.
 
-    Weights: reward_dir/clip, else openai/clip-vit-large-patch14 (any transformers CLIPModel folder works). Preprocessing:
-    shortest side to the model's size, bilinear with antialias, centre crop, CLIP mean and std. Range about .28 to .32 with
+    Weights: reward_dir/clip, else openai/clip-vit-large-patch14 (any CLIPModel folder works). Preprocessing:
+    shortest side to the model's size, bilinear with antialias, centre crop, CLIP mean and std. Range .28 to .32 with
     the published model, up to 1 with the classroom's.
     """
 
@@ -32,6 +33,7 @@ class CLIPScore:
     differentiable = True
 
     def __init__(self, device, reward_dir=None):
+        models.quiet_libraries()
         from transformers import CLIPModel, CLIPTokenizer
 
         local = Path(reward_dir) / "clip" if reward_dir else None
@@ -67,25 +69,23 @@ class CLIPScore:
 class GenEval:
     """Does the picture hold the objects, counts, colours and positions of its metadata? Not differentiable.
 
-    Columns: `geneval`, the graded reward, and `geneval_strict`, 1 where every requirement holds exactly. The detector is a
-    function from uint8 images [B, H, W, 3] to lists of {"class", "box", "score", "color"}; the classroom's is exact.
+    Columns: `geneval`, the graded reward, and `geneval_strict`, 1 where every requirement holds exactly. The detector
+    is a function from uint8 images [B, H, W, 3] to lists of {"class", "box", "score", "color"}; here the classroom's.
     """
 
     columns = ("geneval", "geneval_strict")
     differentiable = False
 
     def __init__(self, device, reward_dir=None):
-        if reward_dir is None or Path(reward_dir).resolve() != CLASSROOM:
-            raise ValueError(
-                f"geneval has the classroom's detector only: use --reward_dir {CLASSROOM.name}, not {reward_dir}"
-            )
+        if reward_dir is None or Path(reward_dir).resolve() != models.CLASSROOM:
+            raise UserError(f"geneval has the classroom's detector only: use --reward_dir classroom, not {reward_dir}")
         from classroom.shapes import detect
 
         self.detect = detect
 
     def __call__(self, images, prompts, metadata=None):
         if metadata is None or any("include" not in (m or {}) for m in metadata):
-            raise ValueError(
+            raise UserError(
                 'geneval needs metadata with "tag" and "include" for every prompt: use a GenEval .jsonl file'
             )
         pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -116,7 +116,7 @@ class Scorers:
                 rows |= {name: r.float().cpu() for name, r in scorer(images, prompts, metadata).items()}
         for name in self.weights:
             if not torch.isfinite(rows[name]).all():
-                raise ValueError(f"{name} returned a score that is not finite")
+                raise UserError(f"{name} returned a score that is not finite")
         return {name: rows[name] for name in self.weights}
 
     def differentiable(self, images, prompts):
@@ -134,7 +134,7 @@ def load_scorers(weights, device="cpu", reward_dir=None):
     """Scorers for {column: weight}; reward_dir holds weights that are not taken from the hub."""
     unknown = [name for name in weights if name not in SCORERS]
     if unknown:
-        raise ValueError(f"unknown reward {unknown[0]!r}; allowed: {', '.join(SCORERS)}")
+        raise UserError(f"unknown reward {unknown[0]!r}; allowed: {', '.join(SCORERS)}")
     return Scorers(weights, device, reward_dir)
 
 
@@ -144,11 +144,11 @@ def parse_weights(text):
     for item in text.split(","):
         name, _, weight = item.strip().partition("=")
         if name not in SCORERS:
-            raise ValueError(f"unknown reward {name!r}; allowed: {', '.join(SCORERS)}")
+            raise UserError(f"unknown reward {name!r}; allowed: {', '.join(SCORERS)}")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
-            raise ValueError(f"weight {weight!r} of reward {name} is no number: write {name}=1") from None
+            raise UserError(f"weight {weight!r} of reward {name} is no number: write {name}=1") from None
     return weights
 
 
@@ -160,7 +160,7 @@ def read_prompts(path):
     """[(prompt, metadata)] from .txt (a prompt a line), .jsonl or .json ("prompt" or "text"; the rest is metadata)."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"prompt file {path} does not exist")
+        raise UserError(f"prompt file {path} does not exist")
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".txt":
         rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
@@ -170,22 +170,22 @@ def read_prompts(path):
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+                raise UserError(f"{path} line {number} is not JSON: {error}") from None
     elif path.suffix == ".json":
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
+            raise UserError(f"{path} is not JSON: {error}") from None
     else:
-        raise ValueError(f"prompt file {path}: unknown ending {path.suffix!r}; allowed: .txt, .jsonl, .json")
+        raise UserError(f"prompt file {path}: unknown ending {path.suffix!r}; allowed: .txt, .jsonl, .json")
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path} holds no prompts")
+        raise UserError(f"{path} holds no prompts")
     pairs = []
     for number, row in enumerate(rows, 1):
         row = {"prompt": row} if isinstance(row, str) else row
         prompt = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
         if not isinstance(prompt, str):
-            raise ValueError(f'{path}, entry {number}: no "prompt" or "text" that is a string')
+            raise UserError(f'{path}, entry {number}: no "prompt" or "text" that is a string')
         pairs.append((prompt, row))
     return pairs
 
@@ -203,8 +203,8 @@ def check_prompts(pairs, columns):
     """Raise a ValueError if a prompt lacks what a scorer will need."""
     for number, (prompt, metadata) in enumerate(pairs, 1):
         if any(name.startswith("geneval") for name in columns) and not {"tag", "include"} <= set(metadata):
-            raise ValueError(
-                f'prompt {number} ({prompt!r}) has no "tag" and "include", which geneval needs: use a GenEval .jsonl file'
+            raise UserError(
+                f'prompt {number} ({prompt!r}) has no "tag" and "include", which geneval needs: take a GenEval .jsonl'
             )
 
 

@@ -2,7 +2,7 @@
 
 Reward-tilted distribution matching, section 3 and appendices G-I of "Reinforcing Few-step Generators via Reward-Tilted
 Distribution Matching" (arXiv 2605.26108). KL(p_theta || p_psi exp(beta r) / Z) = distribution matching - beta E[r]: the
-leash is stage 1's L_G; the reward's gradient has two parts, because the last of the four steps is deterministic. An epoch:
+leash is stage 1's L_G; the reward's gradient has two parts, because the last of four steps is deterministic. An epoch:
 
 1. Choose 2 of the 3 stochastic steps (SubGRPO).
 2. Sample groups of K images a prompt, 4 CPS steps. Steps not chosen share one noise per prompt.
@@ -119,7 +119,7 @@ def parse_args(argv=None):
         p.error(f"--distilled {args.distilled} has no generator_ema: run acdmd.py first and give its final/ folder")
     try:
         args.rewards = rewards.parse_weights(args.rewards)
-    except ValueError as error:
+    except models.UserError as error:
         p.error(str(error))
     return args
 
@@ -158,7 +158,7 @@ def informative(rewards, prompts, weights):
 
 
 def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advantage=5.0):
-    """PPO's clipped loss mean(max(-A ratio, -A clip(ratio, 1 -+ clip_range))), ratio = exp(logp - logp_old). All [B]."""
+    """PPO's clipped loss mean(max(-A ratio, -A clip(ratio, 1 -+ clip_range))), ratio = exp(logp - logp_old)."""
     advantages = advantages.clamp(-max_advantage, max_advantage)
     ratio = (log_prob - old_log_prob).exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
@@ -222,7 +222,7 @@ def noised(backbone, x0, indices, key):
 
 @torch.no_grad()
 def sample(backbone, scorers, prompts, metadata, sigmas, chosen, args, indices, epoch):
-    """One micro-batch of rollouts: states [B, 5, C, H, W], log-probabilities {j: [B]} and rewards {name: [B]}, on the CPU."""
+    """Rollouts of a micro-batch, on the CPU: states [B, 5, C, H, W], log-probabilities {j: [B]}, rewards {name: [B]}"""
     cond, shape, device = backbone.encode(prompts), backbone.latent_shape, backbone.device
     x = models.draw(torch.randn, shape, indices, args.seed, epoch, "start").to(device)
     states, log_probs = [x.cpu()], {}
@@ -296,7 +296,7 @@ def pick_prompts(pairs, n, g):
         picked.setdefault(pairs[i][0], pairs[i])
         if len(picked) == n:
             return list(picked.values())
-    raise ValueError(
+    raise models.UserError(
         f"an epoch needs {n} distinct prompts, the prompt file has {len(picked)}: lower --batches or --batch_size"
     )
 
@@ -307,9 +307,10 @@ def main(args):
     per_rank = args.batch_size * args.batches
     n_images = per_rank * world_size
     if n_images % args.group_size:
-        raise SystemExit(
-            f"{world_size} processes x batch {args.batch_size} x {args.batches} batches = {n_images} images do not split "
-            f"into groups of {args.group_size}: try --group_size {max(k for k in range(1, args.group_size) if n_images % k == 0)}"
+        fits = max(k for k in range(1, args.group_size) if n_images % k == 0)
+        raise models.UserError(
+            f"{world_size} processes x batch {args.batch_size} x {args.batches} batches = {n_images} images do not "
+            f"split into groups of {args.group_size}: try --group_size {fits}"
         )
     stop = models.StopSignal()
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts()
@@ -332,8 +333,8 @@ def main(args):
             trainable = not name.endswith("_ema")
             models.add_adapter(transformer, name, lora_rank, 2 * lora_rank, args.init_std, init, trainable)
     generator, average, fake = (models.adapter_parameters(transformer, name) for name in names)
-    optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=1e-4, fused=True)
-    optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=1e-4, fused=device.type == "cuda")
+    optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=device.type == "cuda")
     ema = models.EMA(generator, average, 0.9, args.ema_every, warmup=True)
     if state:
         optimizer.load_state_dict(state["optimizer"]), optimizer_fake.load_state_dict(state["optimizer_fake"])
@@ -463,4 +464,4 @@ def add_to(sums, values, count):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    models.run(main, parse_args())

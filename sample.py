@@ -62,7 +62,7 @@ def parse_args(argv=None):
         args.reward_dir = models.CLASSROOM
     try:
         args.eval = rewards.parse_weights(args.eval) if args.eval else {}
-    except ValueError as error:
+    except models.UserError as error:
         p.error(str(error))
     return args
 
@@ -160,4 +160,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    models.run(main, parse_args())

@@ -33,10 +33,13 @@ COLUMNS = {"geneval_strict": 1.0, "geneval": 1.0, "clipscore": 1.0}
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--out", type=Path, default=Path("out/classroom"), help="folder of both runs and the report")
-    p.add_argument("--seed", type=int, default=0, help="of both trainings; the evaluation's prompts and noise are fixed")
+    p.add_argument("--seed", type=int, default=0, help="of both trainings; the evaluation is fixed")
     p.add_argument("--stages", nargs="+", default=["acdmd", "rtdmd", "report"], choices=["acdmd", "rtdmd", "report"])
     p.add_argument("--acdmd_steps", type=int, help="iterations of stage 1 (default: acdmd.py's)")
     p.add_argument("--rtdmd_epochs", type=int, help="epochs of stage 2 (default: rtdmd.py's)")
+    p.add_argument(
+        "--processes", type=int, default=min(2, os.cpu_count() or 1), choices=[1, 2], help="of each training"
+    )
     p.add_argument("--n_prompts", type=int, default=600, help="held-out prompts of the comparison")
     p.add_argument("--distilled", type=Path, help="stage 1's final folder (default: --out/acdmd/final)")
     p.add_argument("--rl", type=Path, help="stage 2's final folder (default: --out/rtdmd/final)")
@@ -48,10 +51,12 @@ def parse_args(argv=None):
     return args
 
 
-def run_stage(script, *flags):
-    """Run a stage script on two processes (one on a single core), showing its own progress bar."""
-    processes = min(2, os.cpu_count() or 1)
+def run_stage(script, args, *flags):
+    """Run a stage script on `--processes` processes, showing its own progress bar. The global batch stays the same."""
+    processes = args.processes
     threads = max(1, (os.cpu_count() or 1) // processes)
+    batch, share = (32, 8) if script == "acdmd.py" else (96, 16)  # images, and those of them in the consistency term
+    flags = ["--batch_size", batch // processes, "--consistency_batch", share // processes, "--seed", args.seed, *flags]
     command = [sys.executable]
     if processes > 1:  # two processes of one thread use two cores better than one process of two threads
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -77,7 +82,8 @@ def evaluate(backbone, scorers, metadata, name, role, sigmas, eta, guidance_scal
     many = [m["prompt"] for m in few for _ in range(8)]
     groups = generate(backbone, many, sigmas, eta, guidance_scale, seed=2, batch_size=64, role=role).view(24, 8, -1)
     spread = torch.stack([torch.pdist(g).mean() / math.sqrt(g.shape[1]) for g in groups]).mean().item()
-    return {"name": name, "nfe": nfe, "scores": scores, "spread": spread, "entropy": entropy, "ms": ms, "images": images}
+    facts = {"name": name, "nfe": nfe, "ms": ms, "spread": spread, "entropy": entropy}
+    return {**facts, "scores": scores, "images": images}
 
 
 def color_entropy(images, metadata):
@@ -98,7 +104,7 @@ def difference(a, b, column):
 def write_report(rows, metadata, args):
     tags = np.array([m["tag"] for m in metadata])
     lines = [f"# Teacher, AC-DMD, RTDMD: {len(metadata)} held-out prompts, same seeds (training seed {args.seed})", ""]
-    head = ["sampler", "NFE", "GenEval strict", "GenEval graded", "CLIPScore", *(t.replace("_", " ") for t in shapes.TASKS)]
+    head = ["sampler", "NFE", "GenEval strict", "GenEval graded", "CLIPScore", *shapes.TASKS]
     head += ["diversity", "colour entropy", "ms/image"]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
@@ -107,8 +113,11 @@ def write_report(rows, metadata, args):
         cells += [f"{row['scores']['geneval_strict'][tags == t].mean():.2f}" for t in shapes.TASKS]
         cells += [f"{row['spread']:.3f}", f"{row['entropy']:.2f}", f"{row['ms']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "± is the standard error by bootstrap over prompts; task columns are strict. Diversity: mean pixel distance of"]
-    lines += ["8 pictures of one prompt. Colour entropy: of colours the prompt leaves open, 1 is uniform.", ""]
+    lines += ["", "± is the standard error by bootstrap over prompts; task columns are strict. Diversity: mean pixel"]
+    lines += [
+        "distance of 8 pictures of one prompt. Colour entropy: of colours the prompt leaves open, 1 is uniform.",
+        "",
+    ]
     by_name = {row["name"].split(",")[0]: row for row in rows}
     lines += ["| paired difference | " + " | ".join(head[2:5]) + " |", "|" + "---|" * 4]
     for a, b in (("AC-DMD", "teacher 4 CPS steps"), ("RTDMD", "AC-DMD"), ("RTDMD", "teacher 28 steps guided")):
@@ -140,7 +149,8 @@ def draw_samples(rows, metadata, path, n=12, zoom=2):
         for i in range(n):
             pixels = (row["images"][i] * 255).round().byte().permute(1, 2, 0).numpy()
             size = (shapes.SIZE * zoom,) * 2
-            sheet.paste(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), (left + i * side, top + j * side))
+            picture = Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+            sheet.paste(picture, (left + i * side, top + j * side))
             good = row["scores"]["geneval_strict"][i]
             box = (left + i * side, top + j * side, left + i * side + size[0], top + j * side + size[1])
             ink.rectangle(box, outline="#2a9d4a" if good else "#d03030", width=2)
@@ -189,11 +199,11 @@ def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
     if "acdmd" in args.stages:
         more = ["--steps", args.acdmd_steps] if args.acdmd_steps else []
-        run_stage("acdmd.py", "--out", args.out / "acdmd", "--seed", args.seed, *more)
+        run_stage("acdmd.py", args, "--out", args.out / "acdmd", *more)
     if "rtdmd" in args.stages:
         more = ["--epochs", args.rtdmd_epochs] if args.rtdmd_epochs else []
         folder = args.out / "rtdmd"
-        run_stage("rtdmd.py", "--distilled", args.distilled, "--out", folder, "--seed", args.seed, *more)
+        run_stage("rtdmd.py", args, "--batches", 2, "--distilled", args.distilled, "--out", folder, *more)
     if "report" not in args.stages:
         return
     backbone = models.load("classroom")

@@ -104,7 +104,7 @@ def sample_prompts(n, seed, split="train", task_weights=None):
 
 
 def scene(metadata, rng):
-    """A layout that satisfies a caption: list of (shape, color, row, column). What the caption leaves open is random."""
+    """A layout that satisfies a caption: list of (shape, color, row, column). What it leaves open is random."""
     needs = [need for need in metadata["include"] for _ in range(need["count"])]
     cells = [divmod(int(c), GRID) for c in rng.permutation(GRID * GRID)[: len(needs)]]
     if metadata["tag"] == "position":  # one axis dominates and the objects lie in opposite halves of it
@@ -198,8 +198,8 @@ def detect(images, min_area=24):
     """Find the objects. images: uint8 [N, 64, 64, 3] -> N lists of {"class", "color", "box", "score"}, GenEval's terms.
 
     Each pixel takes the nearest of background and palette; connected pixels of one colour are one object; its shape is
-    the template with the largest overlap (IoU). score maps IoU .5 -> 0 and .8 -> 1, so a blob is no object, and GenEval's
-    counting threshold of .9 asks for an IoU of .77. Measured in tests/test_classroom.py.
+    the template with the largest overlap (IoU). score maps IoU .5 -> 0 and .8 -> 1, so a blob is no object, and
+    GenEval's counting threshold of .9 asks for an IoU of .77. Measured in tests/test_classroom.py.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:

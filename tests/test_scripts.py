@@ -1,0 +1,220 @@
+"""The scripts as a user runs them: training, resuming, sampling, and what bad input gets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import acdmd
+import models
+import rewards
+import rtdmd
+import sample
+from classroom import demo
+
+ROOT = Path(__file__).parent.parent
+SMALL_1 = "--batch_size 4 --consistency_batch 2 --rank 4 --log_every 1 --sample_every 0 --fake_update_ratio 2".split()
+SMALL_2 = "--batch_size 4 --batches 2 --group_size 4 --consistency_batch 2 --sample_every 0 --ema_every 2".split()
+VOLATILE = ("images_per_s", "sampling_share")
+
+
+def stage_1(out, *flags):
+    acdmd.main(acdmd.parse_args([*SMALL_1, "--out", str(out), *map(str, flags)]))
+    return log(out)
+
+
+def stage_2(out, distilled, *flags):
+    rtdmd.main(rtdmd.parse_args([*SMALL_2, "--out", str(out), "--distilled", str(distilled), *map(str, flags)]))
+    return log(out)
+
+
+def log(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    out = tmp_path_factory.mktemp("acdmd")
+    rows = stage_1(out, "--steps", 4, "--save_every", 2)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    return out
+
+
+def same_adapters(a, b):
+    for file in a.glob("*/*.safetensors"):
+        one, two = models.load_file(file), models.load_file(b / file.relative_to(a))
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_stage_1_moves_both_adapters_and_resumes_exactly(distilled, tmp_path):
+    start, end = distilled / "step_000002", distilled / "final"
+    for name in ("generator", "generator_ema", "fake"):
+        a, b = (models.load_file(folder / name / models.LORA_FILE) for folder in (start, end))
+        assert any(not torch.equal(a[k], b[k]) for k in a)
+    rows = stage_1(tmp_path, "--steps", 4, "--resume", start)
+    assert rows == log(distilled)[2:]
+    same_adapters(end, tmp_path / "final")
+
+
+def test_stage_2_trains_and_resumes_exactly(distilled, tmp_path):
+    whole = stage_2(tmp_path / "whole", distilled / "final", "--epochs", 4, "--save_every", 2)
+    assert {"reward/geneval", "grad_norm/policy", "grad_x0/dm", "grad_x0/bp", "loss/ac"} <= whole[0].keys()
+    assert whole[0]["clip_fraction"] == 0  # one optimiser step an epoch: the ratio is 1
+    resumed = tmp_path / "whole" / "step_000002"
+    rows = stage_2(tmp_path / "rest", distilled / "final", "--epochs", 4, "--resume", resumed)
+    assert rows == whole[2:]
+    same_adapters(tmp_path / "whole" / "final", tmp_path / "rest" / "final")
+
+
+def test_two_processes_equal_one(distilled, tmp_path):
+    def torchrun(script, *flags):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+        done = subprocess.run([*command, *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ["--steps", 2, "--consistency_batch", 4]
+    stage_1(one, *flags)
+    torchrun("acdmd.py", *SMALL_1, *flags, "--batch_size", 2, "--consistency_batch", 2, "--out", two)
+    close_adapters(one / "final", two / "final")
+    flags = ["--epochs", 2, "--consistency_batch", 4, "--group_size", 8]  # the groups span both processes
+    stage_2(one, distilled / "final", *flags)
+    more = ["--batch_size", 2, "--consistency_batch", 2, "--distilled", distilled / "final"]
+    torchrun("rtdmd.py", *SMALL_2, *flags, *more, "--out", two)
+    close_adapters(one / "final", two / "final")
+
+
+def close_adapters(a, b):
+    files = list(a.glob("*/*.safetensors"))
+    assert files
+    for file in files:
+        one, two = models.load_file(file), models.load_file(b / file.relative_to(a))
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flags", (["--gamma", "0"], ["--plain_dmd"]))
+def test_ablations_of_stage_1(tmp_path, flags):
+    rows = stage_1(tmp_path, "--steps", 2, *flags)
+    assert (rows[0]["loss/cons"] == 0) == ("--gamma" in flags)
+
+
+@pytest.mark.parametrize(
+    "flags, absent",
+    (
+        (["--n_chosen", "3"], ()),
+        (["--bp_weight", "0"], ()),
+        (["--dm_weight", "0"], ("loss/ac", "grad_norm/fake")),
+        (["--policy_weight", "0"], ("loss/policy", "grad_norm/policy")),
+    ),
+)
+def test_ablations_of_stage_2(distilled, tmp_path, flags, absent):
+    rows = stage_2(tmp_path, distilled / "final", "--epochs", 1, *flags)
+    assert not set(absent) & rows[0].keys()
+    assert (rows[0].get("grad_x0/bp", 0) == 0) == ("--bp_weight" in flags)
+
+
+def test_plain_dmd_matches_every_step_at_0():
+    backbone = models.load("classroom")
+    args = acdmd.parse_args(["--plain_dmd"])
+    cond, sigmas = backbone.encode(["a circle", "a cross"]), backbone.sigmas()
+    for k in (1, 2, 3, 4):
+        assert acdmd.rollout(backbone, cond, sigmas, k, args, range(2), (0,))[1] == 0.0
+        args.plain_dmd = False
+        assert acdmd.rollout(backbone, cond, sigmas, k, args, range(2), (0,))[1] == pytest.approx(sigmas[k])
+        args.plain_dmd = True
+
+
+def test_sample_writes_scores_for_a_stack(distilled, tmp_path):
+    stage_2(tmp_path / "rl", distilled / "final", "--epochs", 1)
+    stack = ["--lora", distilled / "final/generator_ema", "--lora", tmp_path / "rl/final/rl_ema"]
+    flags = [*stack, "--n", 12, "--eval", "clipscore=1,geneval=1", "--out", tmp_path / "s", "--seed", 3]
+    sample.main(sample.parse_args([*map(str, flags)]))
+    got = json.loads((tmp_path / "s" / "metadata.json").read_text())
+    assert got["nfe"] == 4 and len(got["images"]) == 12 and (tmp_path / "s" / "grid.png").is_file()
+    columns = {name: [e["scores"][name] for e in got["images"]] for name in ("clipscore", "geneval", "geneval_strict")}
+    for name, values in columns.items():
+        assert got["rewards"][name]["mean"] == pytest.approx(sum(values) / 12)
+        assert set(got["rewards"][name]["tasks"]) == {e["tag"] for e in got["images"]}
+    means = got["rewards"]["clipscore"]["mean"] + got["rewards"]["geneval"]["mean"]
+    assert got["weighted_mean"] == pytest.approx(means / 2)
+
+
+def test_demo_from_start_to_report(tmp_path):
+    command = [sys.executable, "classroom/demo.py", "--out", str(tmp_path), "--n_prompts", "12"]
+    command += ["--acdmd_steps", "12", "--rtdmd_epochs", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (tmp_path / "report.md").read_text()
+    assert all(name in text for name in ("teacher 28 steps guided | 56", "AC-DMD, 4 CPS steps | 4", "RTDMD − AC-DMD"))
+    assert (tmp_path / "samples.png").stat().st_size > 10_000 and (tmp_path / "curves.png").stat().st_size > 5_000
+
+
+def test_color_entropy_is_0_for_one_color_and_1_for_all():
+    from classroom import shapes
+
+    metadata = [m for m in shapes.captions("single_object", "train") if m["include"][0]["class"] == "circle"][:1] * 5
+    for colors, want in ((["red"] * 5, 0.0), (list(shapes.COLORS), 1.0)):
+        rng = shapes.np.random.default_rng(0)
+        images = shapes.render([[("circle", c, 1, 1)] for c in colors], rng)
+        images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+        assert demo.color_entropy(images, metadata) == pytest.approx(want)
+
+
+BAD = {  # command -> what the one line on standard error must say
+    "acdmd.py --model sd4": "invalid choice: 'sd4'",
+    "acdmd.py --lr_fak 1": "unrecognized arguments: --lr_fak",
+    "acdmd.py --model sd35": "--model sd35 needs --prompts FILE",
+    "acdmd.py --eta 1.5": "--eta 1.5: allowed is 0 (ODE) to 1",
+    "acdmd.py --batch_size 0": "--batch_size 0: must be at least 1",
+    "acdmd.py --prompts {tmp}/none.txt": "none.txt does not exist",
+    "acdmd.py --prompts {tmp}/empty.txt": "empty.txt holds no prompts",
+    "acdmd.py --prompts {tmp}/list.csv": "unknown ending '.csv'; allowed: .txt, .jsonl, .json",
+    "acdmd.py --prompts {tmp}/torn.jsonl": "torn.jsonl line 2 is not JSON",
+    "acdmd.py --prompts {tmp}/nokey.jsonl": 'nokey.jsonl, entry 1: no "prompt" or "text"',
+    "acdmd.py --resolution 50 --steps 1": "resolution 50 does not divide by 16: try 48 or 64",
+    "acdmd.py --weights {tmp}/nowhere": "no weights at",
+    "acdmd.py --resume {tmp}": "no checkpoint there",
+    "rtdmd.py --distilled {tmp}": "has no generator_ema: run acdmd.py first",
+    "rtdmd.py --distilled {acdmd} --rewards clipscore=1,beauty=1": "unknown reward 'beauty'; allowed: clipscore",
+    "rtdmd.py --distilled {acdmd} --rewards clipscore=much": "weight 'much' of reward clipscore is no number",
+    "rtdmd.py --distilled {acdmd} --group_size 7": "do not split into groups of 7: try --group_size 6",
+    "rtdmd.py --distilled {acdmd} --prompts {tmp}/plain.txt": 'has no "tag" and "include", which geneval needs',
+    "rtdmd.py --distilled {acdmd} --eta 0": "the policy gradient needs noise",
+    "rtdmd.py --distilled {acdmd} --reward_dir {tmp}": "geneval has the classroom's detector only",
+    "sample.py --lora {tmp}/nowhere": "no adapter at",
+    "sample.py --prompt a --prompts b.txt": "give --prompt or --prompts, not both",
+    "sample.py --steps 0": "--steps 0: must be at least 1",
+    "sample.py --device cuda": "torch sees no GPU: use --device cpu",
+    "sample.py --prompt cat --eval geneval=1": "which geneval needs",
+}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_bad_input(command, distilled, tmp_path, monkeypatch, capsys):
+    if "cuda" in command and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "plain.txt").write_text("a cat\n")
+    (tmp_path / "list.csv").write_text("a cat\n")
+    (tmp_path / "torn.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "nokey.jsonl").write_text('{"caption": "a"}\n')
+    script, *flags = command.format(tmp=tmp_path, acdmd=distilled / "final").split()
+    module = {"acdmd.py": acdmd, "rtdmd.py": rtdmd, "sample.py": sample}[script]
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        models.run(module.main, module.parse_args())
+    assert stopped.value.code == 2
+    assert BAD[command] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_scorer_that_returns_nan_stops_the_run():
+    scorers = rewards.load_scorers({"clipscore": 1.0}, "cpu", models.CLASSROOM)
+    scorers.scorers[0].text_embeds["a"] = torch.full((64,), float("nan"))
+    with pytest.raises(ValueError, match="clipscore returned a score that is not finite"):
+        scorers.score(torch.rand(1, 3, 64, 64), ["a"])
