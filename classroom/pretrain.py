@@ -148,10 +148,11 @@ def tokenize(tokenizer, prompts):
 def parse_of(metadata):
     """What a caption says, as small integers with 0 for "open": (whole, sides).
 
-    whole [6]: task, count, kind and colour of both objects; read at the end token. sides [4, 2]: the kind and colour
-    that the caption puts left, right, above, below; each read at one of the last four tokens of the padded text.
-    Attention is causal, so "circle" in "a circle left of a square" cannot know its side, but the tail can, and there an image
-    token finds its side by attention alone. Without this the teacher had not learned position after 6,000 steps.
+    whole [6]: task, count, kind and colour of both objects; read at the end token.
+    sides [4, 2]: the kind and colour that the caption puts left, right, above, below; each read at one of the last four
+    tokens of the padded text. Attention is causal, so "circle" in "a circle left of a square" cannot know its side, but
+    the tail can, and there an image token finds its side by attention alone. Without this the teacher had not learned
+    position after 6,000 steps.
     """
     kinds, colors = (None, *shapes.SHAPES), (None, *shapes.COLORS)
     code = lambda need: [kinds.index(need.get("class")), colors.index(need.get("color"))]  # noqa: E731
