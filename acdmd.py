@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 import models
 import rewards
-from models import cps_step, renoise, seeded
+from models import cps_step, renoise, seeded, step_optimizer
 
 SCHEDULE = (1000, 750, 500, 250)  # raw timesteps of the four steps, before the backbone's shift
-PRESETS = {  # method: published settings of each backbone; the classroom's were measured (README)
+PRESETS = {  # published settings of each backbone; the classroom's were measured (README)
     "sd3": dict(guidance_scale=7.0, lr=3e-5, lr_fake=3e-5),
     "sd35": dict(guidance_scale=4.5, lr=3e-5, lr_fake=3e-5),
     "classroom": dict(
@@ -38,7 +38,7 @@ PRESETS = {  # method: published settings of each backbone; the classroom's were
         lr=1e-3,
         lr_fake=1e-3,
         batch_size=32,
-        steps=700,
+        steps=800,
         fake_update_ratio=2,
         consistency_batch=8,
         lr_decay=0.3,
@@ -85,11 +85,14 @@ def parse_args(argv=None):
     known, _ = p.parse_known_args(argv)
     p.set_defaults(**PRESETS[known.model])
     args = p.parse_args(argv)
-    for name in ("steps", "batch_size", "fake_update_ratio", "rank", "delta_max", "log_every", "save_every"):
-        if getattr(args, name) < 1:
+    counts = "steps batch_size fake_update_ratio rank delta_max log_every save_every consistency_batch resolution"
+    for name in counts.split():
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.eta <= 1:
         p.error(f"--eta {args.eta}: allowed is 0 (ODE) to 1 (full re-noising); the paper uses 0.9")
+    if not 0 <= args.lr_decay <= 1:
+        p.error(f"--lr_decay {args.lr_decay}: a share of the run, 0 to 1")
     if args.prompts is None and args.model != "classroom":
         p.error(f"--model {args.model} needs --prompts FILE (.txt, .jsonl or .json)")
     return args
@@ -159,7 +162,7 @@ def rollout(backbone, cond, sigmas, k, args, indices, key, grad=False):
     for j in range(k):
         last = j == k - 1
         sigma_next = 0.0 if last and args.plain_dmd else sigmas[j + 1]
-        noise = models.draw(torch.randn, shape, indices, *key, "step", j).to(device)
+        noise = models.draw(torch.randn, shape, indices, *key, "step", j).to(device) if sigma_next > 0 else None
         with torch.set_grad_enabled(grad and last):
             v = backbone.velocity(x, sigmas[j], cond, role="generator")
             x = cps_step(x, v, sigmas[j], sigma_next, args.eta, noise)
@@ -177,16 +180,15 @@ def fake_losses(backbone, cond, x_s, sigma_s, args, indices, key):
     if args.gamma == 0:
         return loss_ac, torch.zeros_like(loss_ac)
     n = args.consistency_batch or len(x_s)
-    delta = torch.cat(
-        [torch.randint(1, args.delta_max + 1, (1,), generator=seeded(*key, "d", int(i))) for i in indices]
-    )
+    delta = models.draw(torch.rand, (), indices[:n], *key, "delta").to(device)
+    delta = 1 + (delta * args.delta_max).floor()  # uniform on 1 .. delta_max
     noise_1, noise_2 = (models.draw(torch.randn, shape, indices[:n], *key, name).to(device) for name in ("z1", "z2"))
-    twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
-    loss_cons = consistency_loss(
-        lambda x, sigma: backbone.velocity(x, sigma, twice, role="fake"),
-        x_t[:n], sigma_t[:n], v_t[:n], delta[:n].to(device), args.eta, noise_1, noise_2,
-    )  # fmt: skip
-    return loss_ac, loss_cons
+    cond_twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
+
+    def predict(x, sigma):  # both transitions as one batch of 2n
+        return backbone.velocity(x, sigma, cond_twice, role="fake")
+
+    return loss_ac, consistency_loss(predict, x_t[:n], sigma_t[:n], v_t[:n], delta, args.eta, noise_1, noise_2)
 
 
 def generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key):
@@ -201,18 +203,6 @@ def generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key):
         x_s_teacher = cps_step(x_t, v_teacher, sigma_t, sigma_s, args.eta, back)
         x_s_fake = cps_step(x_t, v_fake, sigma_t, sigma_s, args.eta, back)
     return distribution_matching_loss(x_s, x_s_fake, x_s_teacher)
-
-
-def update(optimizer, loss, lr, world_size):
-    """One optimiser step, gradient norm clipped at 1. Returns the norm; stops the run if it is not finite."""
-    parameters = optimizer.param_groups[0]["params"]
-    optimizer.zero_grad()
-    loss.backward()
-    models.average_gradients(parameters, world_size)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    return norm
 
 
 def main(args):
@@ -238,7 +228,8 @@ def main(args):
     optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=device.type == "cuda")
     ema = models.EMA(generator, average, args.ema_decay)
     if state:
-        optimizer.load_state_dict(state["optimizer"]), optimizer_fake.load_state_dict(state["optimizer_fake"])
+        optimizer.load_state_dict(state["optimizer"])
+        optimizer_fake.load_state_dict(state["optimizer_fake"])
     if args.checkpointing:
         models.enable_checkpointing(transformer)
 
@@ -247,18 +238,20 @@ def main(args):
     batch = args.batch_size * world_size
     indices = range(rank * args.batch_size, (rank + 1) * args.batch_size)  # samples are numbered over all ranks
     say = print if rank == 0 else lambda *_: None
-    say(f"{args.model}: {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters with adapters, ")
-    say(f"{sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score; on {device}")
+    total = sum(p.numel() for p in transformer.parameters())
+    say(f"{args.model} on {device}: {total / 1e6:.2f} M parameters with all adapters")
+    say(f"{sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
     say(
         f"{batch} images an iteration, {args.steps} iterations, "
         f"{args.steps // args.fake_update_ratio} generator updates"
     )
     say(f"sigmas {[round(s, 4) for s in sigmas]}, eta {args.eta}, {len(prompts)} prompts, writing to {args.out}")
-    log = models.RunLog(args.out, rank, args, args.wandb)
+    log = models.RunLog(args.out, rank, args, start, args.wandb)
 
     def checkpoint(step, final=False):
         if rank == 0:
             state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
+            state["window"] = {name: [float(v) for v in values] for name, values in window.items()}
             models.save_checkpoint(args.out, step, transformer, names, state, args, final=final)
 
     def batch_for(step, use):
@@ -268,7 +261,9 @@ def main(args):
         picks = torch.randint(len(prompts), (batch,), generator=g)[indices.start : indices.stop]
         return backbone.encode([prompts[i] for i in picks]), k, (args.seed, step, use)
 
-    window, last_log = {}, time.perf_counter()
+    # metrics since the last log line; a run that was stopped in between takes its own along
+    window = {name: [torch.tensor(v) for v in values] for name, values in (state or {}).get("window", {}).items()}
+    last_step, last_log = start, time.perf_counter()
     bar = tqdm(range(start, args.steps), "AC-DMD", initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
         lr_scale = min(1.0, (args.steps - step) / (args.lr_decay * args.steps)) if args.lr_decay else 1.0
@@ -277,7 +272,8 @@ def main(args):
         cond, k, key = batch_for(step, "fake")
         x_s, sigma_s = rollout(backbone, cond, sigmas, k, args, indices, key)
         loss_ac, loss_cons = fake_losses(backbone, cond, x_s, sigma_s, args, indices, key)
-        norm = update(optimizer_fake, loss_ac + args.gamma * loss_cons, lr_scale * args.lr_fake, world_size)
+        (loss_ac + args.gamma * loss_cons).backward()
+        norm = step_optimizer(optimizer_fake, lr_scale * args.lr_fake, world_size)
         row = {f"loss/ac_k{k}": loss_ac, "loss/cons": loss_cons, "grad_norm/fake": norm}
 
         # 3) generator, on a rollout of its own
@@ -285,7 +281,8 @@ def main(args):
             cond, k, key = batch_for(step, "generator")
             x_s, sigma_s = rollout(backbone, cond, sigmas, k, args, indices, key, grad=True)
             loss = generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key)
-            norm = update(optimizer, loss, lr_scale * args.lr, world_size)
+            loss.backward()
+            norm = step_optimizer(optimizer, lr_scale * args.lr, world_size)
             row |= {f"loss/generator_k{k}": loss, "grad_norm/generator": norm}
 
         # 4) EMA
@@ -294,14 +291,14 @@ def main(args):
         # log, sample, save
         for name, value in row.items():
             window.setdefault(name, []).append(value.detach())
-        stopped = stop.agreed(world_size, device)
-        if (step + 1) % args.log_every == 0 or stopped or step + 1 == args.steps:
-            means = {name: torch.stack(values).mean().item() for name, values in sorted(window.items())}  # the one sync
-            bad = [name for name, value in means.items() if not abs(value) < float("inf")]
-            if bad:
-                raise SystemExit(f"step {step + 1}: {bad[0]} is not finite; the last checkpoint in {args.out} is good")
-            seconds, last_log = (time.perf_counter() - last_log) / args.log_every, time.perf_counter()
-            log.write(step=step + 1, **means, lr=lr_scale * args.lr, images_per_s=batch / seconds)
+        saving = (step + 1) % args.save_every == 0
+        if (step + 1) % args.log_every == 0 or saving or step + 1 == args.steps:
+            means = {name: torch.stack(values).mean() for name, values in sorted(window.items())}
+            means = models.mean_over_ranks(means, world_size)
+            models.check_finite(means, step + 1, args.out)
+            speed = batch * (step + 1 - last_step) / (time.perf_counter() - last_log)
+            last_step, last_log = step + 1, time.perf_counter()
+            log.write(step=step + 1, **means, lr=lr_scale * args.lr, images_per_s=speed)
             brief = {name: v for name, v in means.items() if name in ("grad_norm/generator", "loss/cons")}
             bar.set_postfix({name: f"{v:.3g}" for name, v in brief.items()})
             window = {}
@@ -309,10 +306,11 @@ def main(args):
             latents = models.sample_latents(backbone, prompts[:16], sigmas, args.eta, role="ema")
             with torch.no_grad():
                 models.save_grid(backbone.decode(latents), args.out / "samples" / f"step_{step + 1:06d}.png", columns=8)
-        if (step + 1) % args.save_every == 0 or stopped:
+        stopped = stop.agreed(world_size, device)
+        if saving or stopped:
             checkpoint(step + 1)
         if stopped:
-            say(f"\nstopped after step {step + 1}; go on with: --resume {args.out}")
+            say(f"\nstopped after step {step + 1}; go on with the same command and --resume {args.out}")
             return
     checkpoint(args.steps, final=True)
     say(f"done: {args.out}/final/generator_ema")

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -68,7 +68,7 @@ def cps_step(x, v, sigma, sigma_next, eta=0.0, noise=None):
     At sigma_next = 0 the step is deterministic, x' = x0_hat. Returns float32.
     """
     mean = cps_mean(x, v, sigma, sigma_next, eta)
-    if eta == 0:
+    if eta == 0 or isinstance(sigma_next, float) and sigma_next == 0:
         return mean
     noise = torch.randn_like(mean) if noise is None else noise.float()
     return mean + per_sample(sigma_next, mean) * math.sin(eta * math.pi / 2) * noise
@@ -145,7 +145,7 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         for name in self.switch.active:
             if name in self.lora_A:
-                low = F.linear(x.to(self.lora_A[name].dtype), self.lora_A[name])  # autocast, where on, rules the dtype
+                low = F.linear(x.to(self.lora_A[name].dtype), self.lora_A[name])  # float32; bf16 under autocast
                 y = y + (self.scale[name] * F.linear(low, self.lora_B[name])).to(y.dtype)
         return y
 
@@ -191,7 +191,7 @@ def add_adapter(transformer, name, rank=32, alpha=64, init_std=None, generator=N
         raise UserError(f"adapter {name!r} exists already")
     for module in lora_modules(transformer).values():
         out_features, in_features = module.base.weight.shape
-        A = torch.randn(rank, in_features, generator=generator) * (init_std or 1 / rank)
+        A = torch.randn(rank, in_features, generator=generator) * (1 / rank if init_std is None else init_std)
         B = torch.zeros(out_features, rank)
         device = module.base.weight.device
         module.lora_A[name] = nn.Parameter(A.to(device), requires_grad=trainable)
@@ -234,7 +234,7 @@ def load_adapter(transformer, name, source, trainable=False):
         tensors = load_file(file)
         with safe_open(file, "pt") as f:
             config = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except Exception as error:  # safetensors has one exception class for all that can be wrong with a file
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is no complete safetensors file ({error}); it may have been cut short") from error
     ranks = {len(t) for key, t in tensors.items() if key.endswith(".lora_A.weight")}
     rank = config.get("transformer.r", min(ranks, default=0))
@@ -315,14 +315,14 @@ class SD3:
     @torch.no_grad()
     def encode(self, prompts):
         """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
+        # One at a time: rounding must not depend on the neighbours, or a resumed run would differ in the last digit.
         for prompt in dict.fromkeys(prompts):
-            if (
-                prompt not in self._embeddings
-            ):  # one at a time: rounding must not depend on the neighbours, or a resumed
-                embeds, _, pooled, _ = self.pipe.encode_prompt(  # run would differ in the last digit
-                    prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
-                )
-                self._embeddings[prompt] = (embeds[0].cpu(), pooled[0].cpu())
+            if prompt in self._embeddings:
+                continue
+            embeds, _, pooled, _ = self.pipe.encode_prompt(
+                prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
+            )
+            self._embeddings[prompt] = (embeds[0].cpu(), pooled[0].cpu())
         embeds, pooled = zip(*(self._embeddings[p] for p in prompts), strict=True)
         while len(self._embeddings) > 2048:  # the oldest go: 2048 prompts of SD3 are 3 GB of host memory
             del self._embeddings[next(iter(self._embeddings))]
@@ -346,9 +346,8 @@ class SD3:
             cond = {key: torch.cat([uncond[key].expand_as(cond[key]), cond[key]]) for key in cond}
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         with adapters(self.transformer, *self.roles[role]), self.autocast():
-            v = self.transformer(hidden_states=x.to(self.dtype), timestep=1000 * sigma, **cond, return_dict=False)[
-                0
-            ].float()
+            kwargs = dict(hidden_states=x.to(self.dtype), timestep=1000 * sigma, **cond)
+            v = self.transformer(**kwargs, return_dict=False)[0].float()
         if guided:
             v_uncond, v_cond = v.chunk(2)
             v = v_uncond + guidance_scale * (v_cond - v_uncond)
@@ -439,22 +438,22 @@ def sample_latents(backbone, prompts, sigmas, eta=0.0, guidance_scale=1.0, seed=
     x = draw(torch.randn, backbone.latent_shape, indices, "sample", seed, "start").to(backbone.device)
     for j, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
         v = backbone.velocity(x, sigma, cond, guidance_scale, uncond, role)
-        noise = draw(torch.randn, backbone.latent_shape, indices, "sample", seed, j).to(x.device) if eta > 0 else None
+        noisy = eta > 0 and sigma_next > 0
+        noise = draw(torch.randn, backbone.latent_shape, indices, "sample", seed, j).to(x.device) if noisy else None
         x = cps_step(x, v, sigma, sigma_next, eta, noise)
     return x
 
 
-def save_grid(images, path, columns):
-    """Write images [B, 3, H, W] in [0, 1] as one picture."""
+def save_grid(images, path, columns, gap=2):
+    """Write images [B, 3, H, W] in [0, 1] as one picture, `gap` white pixels between them."""
     from PIL import Image
 
     b, c, h, w = images.shape
     rows = -(-b // columns)
-    sheet = torch.ones(rows * columns, c, h + 2, w + 2)
-    sheet[:b, :, 1:-1, 1:-1] = images.cpu()
-    sheet = (
-        sheet.view(rows, columns, c, h + 2, w + 2).permute(0, 3, 1, 4, 2).reshape(rows * (h + 2), columns * (w + 2), c)
-    )
+    sheet = torch.ones(rows * columns, c, h + gap, w + gap)
+    sheet[:b, :, :h, :w] = images.cpu()
+    sheet = sheet.view(rows, columns, c, h + gap, w + gap).permute(0, 3, 1, 4, 2)
+    sheet = sheet.reshape(rows * (h + gap), columns * (w + gap), c)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((sheet * 255).round().byte().numpy()).save(path)
 
@@ -482,13 +481,42 @@ def setup_distributed(device=None):
 
 
 def average_gradients(parameters, world_size):
-    """Mean of the gradients over ranks, in one flat all-reduce."""
+    """Mean of the gradients over ranks, in one flat all-reduce. A missing gradient counts as zero."""
     if world_size > 1:
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
         dist.all_reduce(flat)
         flat /= world_size
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(grad.view_as(p))
+            p.grad = grad.view_as(p)
+
+
+def step_optimizer(optimizer, lr, world_size):
+    """Average the gradients over ranks, clip their norm at 1, step, clear them. Returns the norm before clipping."""
+    parameters = optimizer.param_groups[0]["params"]
+    average_gradients(parameters, world_size)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def mean_over_ranks(row, world_size):
+    """{name: scalar tensor} -> {name: float}, averaged over ranks: the one device sync of a log line."""
+    values = torch.stack([value.detach().float() for value in row.values()])
+    if world_size > 1:
+        dist.all_reduce(values)
+        values /= world_size
+    return dict(zip(row, values.tolist(), strict=True))
+
+
+def check_finite(means, step, out):
+    """Stop the run if a logged value is not finite, naming a loss before what follows from it."""
+    bad = sorted((n for n, v in means.items() if not math.isfinite(v)), key=lambda n: not n.startswith("loss"))
+    if bad:
+        raise SystemExit(
+            f"step {step}: {bad[0]} is not finite; nothing was saved from here on. Checkpoints: {out}/step_*"
+        )
 
 
 def gather(objects, world_size):
@@ -562,14 +590,23 @@ class EMA:
 
 
 class RunLog:
-    """log.jsonl, and Weights & Biases if asked for. On other ranks than 0 it does nothing."""
+    """log.jsonl, and Weights & Biases if asked for. On other ranks than 0 it does nothing.
 
-    def __init__(self, out, rank, args, wandb=False):
+    start: the step the run goes on from; rows of an earlier run in the same folder beyond it are dropped.
+    """
+
+    def __init__(self, out, rank, args, start=0, wandb=False):
         self.file, self.wandb = None, None
         if rank == 0:
             Path(out).mkdir(parents=True, exist_ok=True)
             (Path(out) / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
-            self.file = (Path(out) / "log.jsonl").open("a")
+            log = Path(out) / "log.jsonl"
+            rows = log.read_text().splitlines(keepends=True) if start and log.is_file() else []
+            log.write_text("".join(row for row in rows if json.loads(row)["step"] <= start))
+            for old in [*Path(out).glob("step_*"), Path(out) / "final"]:  # what an earlier run in this folder left
+                if old.is_dir() and (old.name == "final" or int(old.name[5:]) > start):
+                    shutil.rmtree(old)
+            self.file = log.open("a")
             if wandb:
                 import wandb as wandb_package
 

@@ -149,6 +149,8 @@ def parse_weights(text):
             weights[name] = float(weight or 1)
         except ValueError:
             raise UserError(f"weight {weight!r} of reward {name} is no number: write {name}=1") from None
+    if sum(weights.values()) <= 0:
+        raise UserError(f"the reward weights of {text!r} add up to {sum(weights.values())}: it must be above 0")
     return weights
 
 
@@ -161,7 +163,10 @@ def read_prompts(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"prompt file {path} does not exist")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file {path} cannot be read as UTF-8 text: {error}") from None
     if path.suffix == ".txt":
         rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
     elif path.suffix == ".jsonl":
@@ -190,11 +195,11 @@ def read_prompts(path):
     return pairs
 
 
-def classroom_prompts(split="train"):
-    """[(prompt, metadata)] of the classroom's captions, task types interleaved."""
+def classroom_prompts(**repeat):
+    """[(prompt, metadata)] of the classroom's training captions, task types interleaved; repeat: {task: how often}."""
     from classroom.shapes import TASKS, captions
 
-    columns = [captions(task, split) for task in TASKS]
+    columns = [captions(task, "train") for task in TASKS for _ in range(repeat.get(task, 1))]
     longest = max(len(c) for c in columns)
     return [(c[i % len(c)]["prompt"], c[i % len(c)]) for i in range(longest) for c in columns]
 

@@ -32,9 +32,10 @@ from tqdm import tqdm
 
 import models
 import rewards
-from models import cps_log_prob, cps_step, per_sample, seeded
+from models import cps_log_prob, cps_step, per_sample, seeded, step_optimizer
 
 SCHEDULE = (1000, 750, 500, 250)
+DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
 PRESETS = {
     "sd3": dict(guidance_scale=7.0, group_size=16, batch_size=2, batches=16),
@@ -46,7 +47,7 @@ PRESETS = {
         group_size=12,
         batch_size=48,
         batches=4,
-        epochs=250,
+        epochs=240,
         lr=1.5e-3,
         lr_fake=1e-3,
         lr_decay=0.3,
@@ -63,6 +64,8 @@ PRESETS = {
         save_every=50,
     ),
 }
+
+WEAK_TASKS = {"counting": 3, "two_object": 2, "position": 2}
 
 
 def parse_args(argv=None):
@@ -106,8 +109,9 @@ def parse_args(argv=None):
     known, _ = p.parse_known_args(argv)
     p.set_defaults(**PRESETS[known.model])
     args = p.parse_args(argv)
-    for name in ("epochs", "group_size", "batch_size", "batches", "ema_every", "save_every"):
-        if getattr(args, name) < 1:
+    counts = "epochs group_size batch_size batches ema_every save_every consistency_batch resolution"
+    for name in counts.split():
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
     if not 0 < args.eta <= 1:
         p.error(f"--eta {args.eta}: the policy gradient needs noise; allowed is above 0 to 1, the paper uses 0.9")
@@ -115,12 +119,17 @@ def parse_args(argv=None):
         p.error(f"--model {args.model} needs --prompts FILE (.jsonl with GenEval metadata, or .txt)")
     if args.distilled is None:
         p.error("--distilled DIR is missing: the final/ folder of an acdmd.py run")
-    if args.resume is None and not (args.distilled / "generator_ema").is_dir():
-        p.error(f"--distilled {args.distilled} has no generator_ema: run acdmd.py first and give its final/ folder")
+    for name in ("generator_ema", "fake"):
+        if not (args.distilled / name).is_dir():
+            p.error(f"--distilled {args.distilled} has no {name}: run acdmd.py first and give its final/ folder")
+    if not 0 <= args.lr_decay <= 1:
+        p.error(f"--lr_decay {args.lr_decay}: a share of the run, 0 to 1")
     try:
         args.rewards = rewards.parse_weights(args.rewards)
     except models.UserError as error:
         p.error(str(error))
+    if args.bp_weight and not any(rewards.SCORERS[name].differentiable for name in args.rewards):
+        p.error("--bp_weight needs a differentiable reward such as clipscore in --rewards; or give --bp_weight 0")
     return args
 
 
@@ -175,7 +184,8 @@ def shared_noise(prompts, step, epoch, seed, shape):
 
     It takes the variance of the steps that are not trained out of the group's advantages (App. H).
     """
-    return torch.stack([torch.randn(shape, generator=seeded(seed, epoch, step, "shared", p)) for p in prompts])
+    noise = {p: torch.randn(shape, generator=seeded(seed, epoch, step, "shared", p)) for p in dict.fromkeys(prompts)}
+    return torch.stack([noise[p] for p in prompts])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -184,8 +194,9 @@ def shared_noise(prompts, step, epoch, seed, shape):
 
 def fake_score_loss(v_fake, x0, noise, sigma_t, max_weight=10.0):
     """L_ac at s = 0: flow matching, mean(w t^2 (v_phi - (z - x0))^2) with w = clamp(1/t^2, 0, max_weight)."""
-    t2 = per_sample(sigma_t, x0) ** 2
-    return ((1 / t2).clamp(0, max_weight) * t2 * (v_fake - (noise - x0)).square()).mean()
+    sigma_t = per_sample(sigma_t, x0)  # sigma_ts is t here
+    weight = (1 / sigma_t**2).clamp(0, max_weight)
+    return (weight * (sigma_t * (v_fake - (noise - x0))).square()).mean()
 
 
 def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise_1, noise_2):
@@ -227,8 +238,10 @@ def sample(backbone, scorers, prompts, metadata, sigmas, chosen, args, indices, 
     x = models.draw(torch.randn, shape, indices, args.seed, epoch, "start").to(device)
     states, log_probs = [x.cpu()], {}
     for j in range(len(SCHEDULE)):
-        own = lambda j=j: models.draw(torch.randn, shape, indices, args.seed, epoch, "step", j)  # noqa: E731
-        noise = own() if j in chosen else shared_noise(prompts, j, epoch, args.seed, shape)
+        if j in chosen:
+            noise = models.draw(torch.randn, shape, indices, args.seed, epoch, "step", j)
+        else:  # not used by the last step, which is deterministic
+            noise = shared_noise(prompts, j, epoch, args.seed, shape)
         v = backbone.velocity(x, sigmas[j], cond)
         x_next = cps_step(x, v, sigmas[j], sigmas[j + 1], args.eta, noise.to(device))
         if j in chosen:
@@ -246,13 +259,17 @@ def fake_loss(backbone, cond, x0, args, indices, key):
     if args.gamma == 0:
         return loss_ac, torch.zeros_like(loss_ac)
     n = args.consistency_batch or len(x0)
-    delta = torch.cat([torch.randint(1, 201, (1,), generator=seeded(*key, "d", int(i))) for i in indices[:n]])
+    delta = models.draw(torch.rand, (), indices[:n], *key, "delta").to(x0.device)
+    delta = 1 + (delta * DELTA_MAX).floor()  # uniform on 1 .. DELTA_MAX
     z = [
         models.draw(torch.randn, backbone.latent_shape, indices[:n], *key, name).to(x0.device) for name in ("z1", "z2")
     ]
-    twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
-    predict = lambda x, sigma: backbone.velocity(x, sigma, twice, role="fake")  # noqa: E731
-    return loss_ac, consistency_loss(predict, x_t[:n], sigma_t[:n], v_t[:n], delta.to(x0.device), args.eta, *z)
+    cond_twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
+
+    def predict(x, sigma):  # both transitions as one batch of 2n
+        return backbone.velocity(x, sigma, cond_twice, role="fake")
+
+    return loss_ac, consistency_loss(predict, x_t[:n], sigma_t[:n], v_t[:n], delta, args.eta, *z)
 
 
 def last_step_gradients(backbone, scorers, prompts, cond, uncond, x0, args, indices, key):
@@ -276,17 +293,6 @@ def last_step_gradients(backbone, scorers, prompts, cond, uncond, x0, args, indi
         loss_bp = torch.relu(args.reward_margin - reward).mean()
         g_bp = args.bp_weight * torch.autograd.grad(loss_bp, x0)[0]
     return g_dm, g_bp, loss_dm.detach(), loss_bp.detach()
-
-
-def step_optimizer(optimizer, lr, world_size):
-    """Average gradients over ranks, clip their norm at 1, step. Returns the norm."""
-    parameters = optimizer.param_groups[0]["params"]
-    models.average_gradients(parameters, world_size)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
 
 
 def pick_prompts(pairs, n, g):
@@ -313,7 +319,8 @@ def main(args):
             f"split into groups of {args.group_size}: try --group_size {fits}"
         )
     stop = models.StopSignal()
-    pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts()
+    # the classroom's own prompts lean towards the tasks that stage 1 leaves weak
+    pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**WEAK_TASKS)
     rewards.check_prompts(pairs, args.rewards)
     backbone = models.load(args.model, args.weights, device, getattr(torch, args.dtype), args.resolution)
     scorers = rewards.load_scorers(args.rewards, device, args.reward_dir)
@@ -337,7 +344,8 @@ def main(args):
     optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=device.type == "cuda")
     ema = models.EMA(generator, average, 0.9, args.ema_every, warmup=True)
     if state:
-        optimizer.load_state_dict(state["optimizer"]), optimizer_fake.load_state_dict(state["optimizer_fake"])
+        optimizer.load_state_dict(state["optimizer"])
+        optimizer_fake.load_state_dict(state["optimizer_fake"])
     if args.checkpointing:
         models.enable_checkpointing(transformer)
 
@@ -348,7 +356,7 @@ def main(args):
     say(f"{args.model}: {sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
     say(f"{n_images // args.group_size} prompts x {args.group_size} = {n_images} images an epoch, {args.epochs} epochs")
     say(f"rewards {args.rewards}, sigmas {[round(s, 4) for s in sigmas]}, writing to {args.out}")
-    log = models.RunLog(args.out, rank, args, args.wandb)
+    log = models.RunLog(args.out, rank, args, start, args.wandb)
 
     def checkpoint(step, final=False):
         if rank == 0:
@@ -379,7 +387,9 @@ def main(args):
         scores = {name: torch.cat([r[name] for _, _, r in parts]) for name in args.rewards}
         scores = {name: torch.tensor(models.gather(r.tolist(), world_size)) for name, r in scores.items()}
         advantages = group_advantages(scores, all_prompts, args.rewards)[mine.start : mine.stop]
-        signal = informative(scores, all_prompts, args.rewards)[mine.start : mine.stop]
+        signal = informative(scores, all_prompts, args.rewards)
+        signal = signal if signal.any() else torch.ones_like(signal)
+        n_signal, signal = int(signal.sum()), signal[mine.start : mine.stop]
         sampled = time.perf_counter()
 
         # 4) fake score, on the finished samples, before the advantages are used
@@ -397,8 +407,8 @@ def main(args):
         # 5) generator
         g = seeded(args.seed, epoch, rank, "order")
         order = torch.randperm(per_rank, generator=g)
-        policy_order = order[signal[order]] if signal.any() else order  # groups without signal leave the policy term
-        terms = args.batches * (len(chosen) + 1)
+        policy_order = order[signal[order]]  # images of groups without signal leave the policy term
+        steps = len(chosen) + 1  # gradients are averaged over images and these steps
         for part in policy_order.tensor_split(args.batches) if args.policy_weight else ():
             # chosen steps: policy gradient
             if not len(part):
@@ -406,16 +416,18 @@ def main(args):
             cond = backbone.encode([prompts[i] for i in part])
             for j in chosen:
                 x, x_next = (states[part, i].to(device) for i in (j, j + 1))
-                log_prob = cps_log_prob(
-                    x_next, x, backbone.velocity(x, sigmas[j], cond), sigmas[j], sigmas[j + 1], args.eta
-                )
+                v = backbone.velocity(x, sigmas[j], cond)
+                log_prob = cps_log_prob(x_next, x, v, sigmas[j], sigmas[j + 1], args.eta)
                 old, advantage = old_log_prob[j][part].to(device), advantages[part].to(device)
                 loss = policy_loss(log_prob, old, advantage, args.clip_range)
-                (args.policy_weight * loss / terms).backward()
+                share = len(part) * world_size / n_signal  # of all images with signal; ranks are averaged later
+                (args.policy_weight * share / steps * loss).backward()
                 drift = (log_prob.detach() - old).exp() - 1
                 clipped = (drift.abs() > args.clip_range).float().mean()
-                add_to(sums, {"loss/policy": loss, "ratio_drift": drift.abs().mean(), "clip_fraction": clipped}, terms)
+                values = {"loss/policy": loss, "ratio_drift": drift.abs().mean(), "clip_fraction": clipped}
+                add_to(sums, values, len(chosen) / share)
         if args.policy_weight:
+            models.average_gradients(generator, world_size)
             sums["grad_norm/policy"] = torch.nn.utils.get_total_norm([p.grad for p in generator])
         for part in order.split(args.batch_size) if args.dm_weight or args.bp_weight else ():
             # last step: leash and reward back-propagation
@@ -424,19 +436,17 @@ def main(args):
             x0 = cps_step(x, backbone.velocity(x, sigmas[last], cond), sigmas[last], 0.0)
             call = (args, [mine[i] for i in part], (args.seed, epoch, "generator"))
             g_dm, g_bp, loss_dm, loss_bp = last_step_gradients(backbone, scorers, part_prompts, cond, uncond, x0, *call)
-            x0.backward((g_dm + g_bp) / terms)
+            x0.backward((g_dm + g_bp) / (args.batches * steps))  # chain rule: from dL/dx0 through the transformer
             add_to(sums, {"loss/dm": loss_dm, "loss/bp": loss_bp}, args.batches)
-            add_to(sums, {"grad_x0/dm": g_dm.norm(), "grad_x0/bp": g_bp.norm()}, terms)
+            add_to(sums, {"grad_x0/dm": g_dm.norm(), "grad_x0/bp": g_bp.norm()}, args.batches * steps)
         sums["grad_norm/generator"] = step_optimizer(optimizer, lr_scale * args.lr, world_size)
 
         # 6) EMA
         ema.update(epoch + 1)
 
         # log, sample, save
-        row = {name: value.item() for name, value in sums.items()}
-        bad = [name for name, value in row.items() if not abs(value) < float("inf")]
-        if bad:
-            raise SystemExit(f"epoch {epoch + 1}: {bad[0]} is not finite; the last checkpoint in {args.out} is good")
+        row = models.mean_over_ranks(sums, world_size) if sums else {}
+        models.check_finite(row, epoch + 1, args.out)
         row |= {f"reward/{name}": r.mean().item() for name, r in scores.items()}
         seconds = time.perf_counter() - began
         log.write(step=epoch + 1, **row, images_per_s=n_images / seconds, sampling_share=(sampled - began) / seconds)
@@ -451,7 +461,7 @@ def main(args):
         if (epoch + 1) % args.save_every == 0 or stopped:
             checkpoint(epoch + 1)
         if stopped:
-            say(f"\nstopped after epoch {epoch + 1}; go on with: --resume {args.out}")
+            say(f"\nstopped after epoch {epoch + 1}; go on with the same command and --resume {args.out}")
             return
     checkpoint(args.epochs, final=True)
     say(f"done: {args.out}/final/rl_ema")

@@ -46,6 +46,9 @@ def parse_args(argv=None):
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = p.parse_args(argv)
     few = args.steps == len(SCHEDULE)
+    for name in ("n", "batch_size", "resolution"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.steps < 1:
         p.error(f"--steps {args.steps}: must be at least 1; 4 is the few-step schedule")
     if args.eta is None:
@@ -134,7 +137,7 @@ def main(args):
 
     args.out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
-        models.save_grid(image[None], args.out / f"{i:05d}.png", 1)
+        models.save_grid(image[None], args.out / f"{i:05d}.png", 1, gap=0)
     columns = min(8, len(images))
     models.save_grid(images[: columns * 8], args.out / "grid.png", columns)
     settings = {

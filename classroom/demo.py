@@ -61,7 +61,8 @@ def run_stage(script, args, *flags):
     if processes > 1:  # two processes of one thread use two cores better than one process of two threads
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(ROOT / script), "--device", "cpu", *map(str, flags)]
-    print("\n$ " + " ".join(["torchrun" if c == sys.executable else c for c in command]), flush=True)
+    shown = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
+    print(f"\n$ {shown} {script} --device cpu " + " ".join(map(str, flags)), flush=True)
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
@@ -80,7 +81,7 @@ def evaluate(backbone, scorers, metadata, name, role, sigmas, eta, guidance_scal
     entropy = color_entropy(images, metadata)
     few = shapes.sample_prompts(24, 3, "heldout")
     many = [m["prompt"] for m in few for _ in range(8)]
-    groups = generate(backbone, many, sigmas, eta, guidance_scale, seed=2, batch_size=64, role=role).view(24, 8, -1)
+    groups = generate(backbone, many, sigmas, eta, guidance_scale, seed=2, batch_size=64, role=role).reshape(24, 8, -1)
     spread = torch.stack([torch.pdist(g).mean() / math.sqrt(g.shape[1]) for g in groups]).mean().item()
     facts = {"name": name, "nfe": nfe, "ms": ms, "spread": spread, "entropy": entropy}
     return {**facts, "scores": scores, "images": images}
@@ -174,7 +175,7 @@ def draw_curves(runs, path, width=420, height=230):
         w, h = width - 84, height - 66
         low, high = np.quantile(y, [0.01, 0.99])
         low, high = (low, high) if high > low else (low - 1, high + 1)
-        span = max(3, len(y) // 15)
+        span = min(len(y), max(3, len(y) // 15))
         weight = np.convolve(np.ones_like(y), np.ones(span), "same")
         smooth = np.convolve(y, np.ones(span), "same") / weight
         px = x0 + (x - x[0]) / (x[-1] - x[0]) * w

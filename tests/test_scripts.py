@@ -1,8 +1,10 @@
 """The scripts as a user runs them: training, resuming, sampling, and what bad input gets."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,7 @@ def distilled(tmp_path_factory):
 
 
 def same_adapters(a, b):
+    assert len(list(a.glob("*/*.safetensors"))) == 3
     for file in a.glob("*/*.safetensors"):
         one, two = models.load_file(file), models.load_file(b / file.relative_to(a))
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
@@ -95,6 +98,33 @@ def close_adapters(a, b):
         one, two = models.load_file(file), models.load_file(b / file.relative_to(a))
         for key in one:
             torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_in_a_used_folder_starts_clean_and_a_resumed_one_keeps_one_log(distilled, tmp_path):
+    stage_1(tmp_path, "--steps", 4, "--save_every", 1)
+    assert stage_1(tmp_path, "--steps", 2, "--save_every", 1) == log(tmp_path) and len(log(tmp_path)) == 2
+    assert {f.name for f in tmp_path.iterdir() if f.is_dir()} == {"step_000001", "step_000002", "final"}
+    stage_1(tmp_path, "--steps", 4, "--save_every", 2, "--resume", tmp_path / "step_000002")
+    assert log(tmp_path) == log(distilled)
+
+
+def test_sigterm_saves_and_the_resumed_log_is_the_uninterrupted_one(tmp_path):
+    flags = [*SMALL_1, "--steps", "60", "--log_every", "7", "--save_every", "1000", "--out"]
+    command = [sys.executable, "acdmd.py", *flags]
+    whole = subprocess.run([*command, tmp_path / "a"], cwd=ROOT, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    run = subprocess.Popen(
+        [*command, tmp_path / "b"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    file = tmp_path / "b" / "log.jsonl"
+    while not (file.is_file() and file.read_text().count("\n") >= 2):
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate()[0]
+    assert run.returncode == 0 and f"--resume {tmp_path / 'b'}" in said
+    done = subprocess.run([*command, tmp_path / "b", "--resume", tmp_path / "b"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and log(tmp_path / "b") == log(tmp_path / "a")
+    same_adapters(tmp_path / "a" / "final", tmp_path / "b" / "final")
 
 
 @pytest.mark.parametrize("flags", (["--gamma", "0"], ["--plain_dmd"]))
@@ -184,6 +214,10 @@ BAD = {  # command -> what the one line on standard error must say
     "rtdmd.py --distilled {acdmd} --rewards clipscore=much": "weight 'much' of reward clipscore is no number",
     "rtdmd.py --distilled {acdmd} --group_size 7": "do not split into groups of 7: try --group_size 6",
     "rtdmd.py --distilled {acdmd} --prompts {tmp}/plain.txt": 'has no "tag" and "include", which geneval needs',
+    "rtdmd.py --distilled {acdmd} --rewards geneval=1": "--bp_weight needs a differentiable reward such as clipscore",
+    "rtdmd.py --distilled {acdmd} --lr_decay 2": "--lr_decay 2.0: a share of the run",
+    "sample.py --eval clipscore=0": "add up to 0.0: it must be above 0",
+    "sample.py --batch_size 0": "--batch_size 0: must be at least 1",
     "rtdmd.py --distilled {acdmd} --eta 0": "the policy gradient needs noise",
     "rtdmd.py --distilled {acdmd} --reward_dir {tmp}": "geneval has the classroom's detector only",
     "sample.py --lora {tmp}/nowhere": "no adapter at",
