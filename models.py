@@ -282,7 +282,7 @@ def enable_checkpointing(transformer):
 
 CLASSROOM = Path(__file__).resolve().parent / "classroom"
 BACKBONES = {  # facts of a backbone; what a stage does with it stands in the stage's PRESETS
-    "classroom": dict(family="sd3", repo=str(CLASSROOM / "teacher"), resolution=64, text_tokens=0),  # 0: it has no T5
+    "classroom": dict(family="sd3", repo=str(CLASSROOM / "teacher"), resolution=64, text_tokens=2),  # its T5 is silent
     "sd3": dict(family="sd3", repo="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, text_tokens=128),
     "sd35": dict(family="sd3", repo="stabilityai/stable-diffusion-3.5-medium", resolution=512, text_tokens=128),
 }
@@ -391,13 +391,8 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, resolution=None
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     transformer = load_transformer(SD3Transformer2DModel, Path(source) / "transformer", dtype)
-    absent = {}
-    index = json.loads((Path(source) / "model_index.json").read_text())
-    for part in ("text_encoder_3", "tokenizer_3"):
-        if index.get(part, [None])[0] is None:
-            absent[part] = None
     pipe = StableDiffusion3Pipeline.from_pretrained(
-        source, transformer=transformer, dtype=dtype, low_cpu_mem_usage=False, **absent
+        source, transformer=transformer, dtype=dtype, low_cpu_mem_usage=False
     )
     return SD3(pipe, resolution or facts["resolution"], facts["text_tokens"], device, dtype)
 

@@ -13,12 +13,14 @@ Only "train" captions are used (see shapes.py); the scores printed at the end ar
 """
 
 import argparse
+import json
 import math
 import os
 import sys
 import time
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,8 @@ from transformers import (
     CLIPProcessor,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -133,8 +137,6 @@ def build_tokenizer():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=5000, end_of_word_suffix="</w>", show_progress=False)
     words.train_from_iterator((m["prompt"] for t in shapes.TASKS for m in shapes.captions(t, "train")), trainer)
-    import json
-
     merges = [tuple(pair) for pair in json.loads(words.to_str())["model"]["merges"]]
     vocab = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges]
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*vocab, "<|startoftext|>", "<|endoftext|>"]))}
@@ -225,12 +227,30 @@ def train_clip(args):
     size = {"height": shapes.SIZE, "width": shapes.SIZE}
     processor = CLIPImageProcessor(size={"shortest_edge": shapes.SIZE}, crop_size=size)
     CLIPProcessor(processor, tokenizer).save_pretrained(args.out / "clip")
-    clip.half().save_pretrained(args.out / "clip")
-    text_encoder = CLIPTextModelWithProjection(clip.config.text_config).half()
+    save_half(clip, args.out / "clip")
+    text_encoder = CLIPTextModelWithProjection(clip.config.text_config)
     text_encoder.load_state_dict(clip.state_dict(), strict=False)
-    for name in ("", "_2"):
+    for name, encoder in (("", text_encoder), ("_2", text_encoder), ("_3", silent_t5(len(tokenizer)))):
         tokenizer.save_pretrained(args.out / "teacher" / f"tokenizer{name}")
-        text_encoder.save_pretrained(args.out / "teacher" / f"text_encoder{name}")
+        save_half(encoder, args.out / "teacher" / f"text_encoder{name}")
+
+
+def save_half(model, folder):
+    """fp16 weights on disk, but a config that says float32, so that a plain from_pretrained runs on a CPU."""
+    model.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+
+
+def silent_t5(vocab_size):
+    """A T5 encoder that answers 0 to every prompt: its last norm has weight 0.
+
+    StableDiffusion3Pipeline puts zeros where it has no T5, but such a folder loads only with text_encoder_3=None typed
+    out. This stands in the gap: `from_pretrained("classroom/teacher")` works, and the text is CLIP's alone.
+    """
+    model = T5EncoderModel(T5Config(vocab_size=vocab_size, d_model=256, d_kv=4, d_ff=8, num_layers=1, num_heads=1))
+    torch.nn.init.zeros_(model.encoder.final_layer_norm.weight)
+    return model
 
 
 def normalize(images):
@@ -315,7 +335,7 @@ def train_teacher(args, rank, world_size):
     batch = 96 // world_size
     bar = tqdm(range(args.teacher_steps), "teacher", disable=rank > 0)
     for step in bar:
-        # A user's plain `pipe(prompt)` appends 256 zero tokens in place of the absent T5: every 16th step shows them.
+        # A user's plain `pipe(prompt)` appends the silent T5's 256 zero tokens: every 16th step shows them.
         long = step % 16 == 15
         pick = torch.randint(len(latents), (batch // 6 if long else batch,), generator=g)
         x0, text = latents[pick], index[pick]
@@ -346,8 +366,6 @@ def train_teacher(args, rank, world_size):
         torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - min(0.998, (1 + step) / (10 + step)))
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-            if rank == 0:
-                print(f"step {step} loss {loss.item():.4f}", flush=True)
         last = step + 1 == args.teacher_steps
         if rank == 0 and (last or (step + 1) % 500 == 0):
             save_teacher(model, ema, args.out / "teacher", n_prompts=600 if last else 120)
@@ -360,23 +378,26 @@ def save_teacher(model, ema, folder, n_prompts):
     half = SD3Transformer2DModel.from_config(model.config).half()
     half.load_state_dict(model.state_dict())
     torch._foreach_copy_([p.data for p in model.parameters()], current)
+    half.save_pretrained(folder / "transformer")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    parts = {}
-    for name in ("", "_2"):
-        parts[f"text_encoder{name}"] = CLIPTextModelWithProjection.from_pretrained(folder / f"text_encoder{name}")
-        parts[f"tokenizer{name}"] = CLIPTokenizer.from_pretrained(folder / f"tokenizer{name}")
-    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float16)
-    StableDiffusion3Pipeline(
-        transformer=half, scheduler=scheduler, vae=vae, text_encoder_3=None, tokenizer_3=None, **parts
-    ).save_pretrained(folder)
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, text_encoder_3=None, tokenizer_3=None)
+    scheduler.save_pretrained(folder / "scheduler")
+    clip, t5, tokenizer = (
+        ["transformers", n] for n in ("CLIPTextModelWithProjection", "T5EncoderModel", "CLIPTokenizer")
+    )
+    index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": diffusers.__version__}
+    index |= {"scheduler": ["diffusers", type(scheduler).__name__], "vae": ["diffusers", "AutoencoderKL"]}
+    index |= {"transformer": ["diffusers", type(half).__name__]}
+    index |= {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": t5}
+    index |= {"tokenizer": tokenizer, "tokenizer_2": tokenizer, "tokenizer_3": tokenizer}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     metadata = shapes.sample_prompts(n_prompts, 11, "heldout")
     images, start = [], time.time()
     for i in range(0, n_prompts, 60):
         prompts = [m["prompt"] for m in metadata[i : i + 60]]
         g = torch.Generator().manual_seed(i)
-        call = dict(num_inference_steps=28, guidance_scale=3.0, max_sequence_length=0, output_type="pt", generator=g)
+        call = dict(num_inference_steps=28, guidance_scale=3.0, max_sequence_length=2, output_type="pt", generator=g)
         images.append(pipe(prompts, **call).images)
     hits = strict(torch.cat(images), metadata)
     tags = np.array([m["tag"] for m in metadata])
