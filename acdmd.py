@@ -29,10 +29,9 @@ import models
 import rewards
 from models import cps_step, renoise, seeded, step_optimizer
 
-SCHEDULE = (1000, 750, 500, 250)  # raw timesteps of the four steps, before the backbone's shift
 PRESETS = {  # published settings of each backbone; the classroom's were measured (README)
-    "sd3": dict(guidance_scale=7.0, lr=3e-5, lr_fake=3e-5),
-    "sd35": dict(guidance_scale=4.5, lr=3e-5, lr_fake=3e-5),
+    "sd3": dict(lr=3e-5, lr_fake=3e-5),
+    "sd35": dict(lr=3e-5, lr_fake=3e-5),
     "classroom": dict(
         guidance_scale=2.5,
         lr=1e-3,
@@ -72,7 +71,7 @@ def parse_args(argv=None):
     add("--lr_decay", type=float, default=0.0, help="share of the run over which both fall to 0 at its end; paper: 0")
     add("--fake_update_ratio", type=int, default=10, help="fake-score updates per generator update (TTUR); paper: 10")
     add("--rank", type=int, default=32, help="LoRA rank; alpha is twice that. Paper: 32")
-    add("--guidance_scale", type=float, default=4.5, help="classifier-free guidance of the teacher in L_G")
+    add("--guidance_scale", type=float, help="classifier-free guidance of the teacher in L_G; 1 or less: none")
     add("--eta", type=float, default=0.9, help="CPS stochasticity, 0 ODE to 1 full re-noising; paper: 0.9")
     add("--gamma", type=float, default=0.01, help="weight of L_cons; paper: 0.01. 0: ablation without consistency")
     add("--delta_max", type=int, default=200, help="L_cons: largest step back in time, in timesteps; paper: 200")
@@ -83,7 +82,7 @@ def parse_args(argv=None):
     add("--sample_every", type=int, default=500, help="iterations between sample grids; 0: none")
     add("--save_every", type=int, default=500, help="iterations between checkpoints")
     known, _ = p.parse_known_args(argv)
-    p.set_defaults(**PRESETS[known.model])
+    p.set_defaults(**{"guidance_scale": models.BACKBONES[known.model]["guidance"], **PRESETS[known.model]})
     args = p.parse_args(argv)
     counts = "steps batch_size fake_update_ratio rank delta_max log_every save_every consistency_batch resolution"
     for name in counts.split():
@@ -233,7 +232,7 @@ def main(args):
     if args.checkpointing:
         models.enable_checkpointing(transformer)
 
-    sigmas = backbone.sigmas(SCHEDULE)
+    sigmas = backbone.sigmas(models.FEW_STEPS)
     uncond = backbone.encode([""])
     batch = args.batch_size * world_size
     indices = range(rank * args.batch_size, (rank + 1) * args.batch_size)  # samples are numbered over all ranks
@@ -257,7 +256,7 @@ def main(args):
     def batch_for(step, use):
         """Text embeddings of this rank's prompts and the shared k. Fake score and generator draw their own."""
         g = seeded(args.seed, step, use)
-        k = int(torch.randint(1, len(SCHEDULE) + 1, (1,), generator=g))
+        k = int(torch.randint(1, len(models.FEW_STEPS) + 1, (1,), generator=g))
         picks = torch.randint(len(prompts), (batch,), generator=g)[indices.start : indices.stop]
         return backbone.encode([prompts[i] for i in picks]), k, (args.seed, step, use)
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -281,10 +282,11 @@ def enable_checkpointing(transformer):
 # backbones
 
 CLASSROOM = Path(__file__).resolve().parent / "classroom"
-BACKBONES = {  # facts of a backbone; what a stage does with it stands in the stage's PRESETS
-    "classroom": dict(family="sd3", repo=str(CLASSROOM / "teacher"), resolution=64, text_tokens=2),  # its T5 is silent
-    "sd3": dict(family="sd3", repo="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, text_tokens=128),
-    "sd35": dict(family="sd3", repo="stabilityai/stable-diffusion-3.5-medium", resolution=512, text_tokens=128),
+FEW_STEPS = (1000, 750, 500, 250)  # raw timesteps of the four-step schedule, before the backbone's shift
+BACKBONES = {  # facts of a backbone: weights, pixels a side, T5 tokens, guidance; the rest stands in a stage's PRESETS
+    "classroom": dict(repo=str(CLASSROOM / "teacher"), resolution=64, text_tokens=2, guidance=3.0),  # its T5 is silent
+    "sd3": dict(repo="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, text_tokens=128, guidance=7.0),
+    "sd35": dict(repo="stabilityai/stable-diffusion-3.5-medium", resolution=512, text_tokens=128, guidance=4.5),
 }
 
 
@@ -358,7 +360,7 @@ class SD3:
         z = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def sigmas(self, steps=(1000, 750, 500, 250)):
+    def sigmas(self, steps=FEW_STEPS):
         """Noise levels ending in 0.0: of few raw timesteps, or of the pipeline's own schedule of `steps` steps."""
         if isinstance(steps, int):
             self.scheduler.set_timesteps(steps)
@@ -390,6 +392,8 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, resolution=None
     quiet_libraries()
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
+    if not (Path(source) / "model_index.json").is_file():
+        raise UserError(f"--weights {source} is no diffusers pipeline folder: it has no model_index.json")
     transformer = load_transformer(SD3Transformer2DModel, Path(source) / "transformer", dtype)
     pipe = StableDiffusion3Pipeline.from_pretrained(
         source, transformer=transformer, dtype=dtype, low_cpu_mem_usage=False
@@ -603,7 +607,10 @@ class RunLog:
                     shutil.rmtree(old)
             self.file = log.open("a")
             if wandb:
-                import wandb as wandb_package
+                try:
+                    import wandb as wandb_package
+                except ImportError:
+                    raise UserError("--wandb needs a package: pip install wandb") from None
 
                 self.wandb = wandb_package.init(dir=out, config=vars(args))
 
@@ -647,4 +654,7 @@ def load_checkpoint(folder, transformer, names):
         folder = steps[-1]
     for name in names:
         load_adapter(transformer, name, folder / name, trainable=not name.endswith("_ema"))
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder}/state.pt is cut short or no checkpoint: --resume another step_* folder") from error

@@ -34,12 +34,11 @@ import models
 import rewards
 from models import cps_log_prob, cps_step, per_sample, seeded, step_optimizer
 
-SCHEDULE = (1000, 750, 500, 250)
 DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
 PRESETS = {
-    "sd3": dict(guidance_scale=7.0, group_size=16, batch_size=2, batches=16),
-    "sd35": dict(guidance_scale=4.5, group_size=24, batch_size=9, batches=16),
+    "sd3": dict(group_size=16, batch_size=2, batches=16),
+    "sd35": dict(group_size=24, batch_size=9, batches=16),
     "classroom": dict(
         guidance_scale=2.5,
         rewards="geneval_strict=0.6,geneval=0.4,clipscore=0.2",
@@ -52,7 +51,7 @@ PRESETS = {
         lr_fake=1e-3,
         lr_decay=0.3,
         init_std=1 / 32,
-        dm_weight=0.02,
+        dm_weight=0.01,
         bp_weight=0.02,
         consistency_batch=8,
         ema_every=2,
@@ -93,7 +92,7 @@ def parse_args(argv=None):
     add("--lr_fake", type=float, default=3e-5, help="learning rate of the fake score")
     add("--lr_decay", type=float, default=0.0, help="share of the run over which both fall to 0 at its end; paper: 0")
     add("--init_std", type=float, default=1.0, help="std of the fresh adapters' A; the published rates belong to 1")
-    add("--guidance_scale", type=float, default=4.5, help="classifier-free guidance of the teacher in L_G")
+    add("--guidance_scale", type=float, help="classifier-free guidance of the teacher in L_G; 1 or less: none")
     add("--eta", type=float, default=0.9, help="CPS stochasticity; paper: 0.9")
     add("--n_chosen", type=int, default=2, choices=[1, 2, 3], help="SubGRPO: trained stochastic steps; 3: ablation")
     add("--clip_range", type=float, default=1e-5, help="of the policy ratio; paper: 1e-5")
@@ -107,7 +106,7 @@ def parse_args(argv=None):
     add("--sample_every", type=int, default=100, help="epochs between sample grids; 0: none")
     add("--save_every", type=int, default=50, help="epochs between checkpoints")
     known, _ = p.parse_known_args(argv)
-    p.set_defaults(**PRESETS[known.model])
+    p.set_defaults(**{"guidance_scale": models.BACKBONES[known.model]["guidance"], **PRESETS[known.model]})
     args = p.parse_args(argv)
     counts = "epochs group_size batch_size batches ema_every save_every consistency_batch resolution"
     for name in counts.split():
@@ -237,7 +236,7 @@ def sample(backbone, scorers, prompts, metadata, sigmas, chosen, args, indices, 
     cond, shape, device = backbone.encode(prompts), backbone.latent_shape, backbone.device
     x = models.draw(torch.randn, shape, indices, args.seed, epoch, "start").to(device)
     states, log_probs = [x.cpu()], {}
-    for j in range(len(SCHEDULE)):
+    for j in range(len(models.FEW_STEPS)):
         if j in chosen:
             noise = models.draw(torch.randn, shape, indices, args.seed, epoch, "step", j)
         else:  # not used by the last step, which is deterministic
@@ -349,9 +348,9 @@ def main(args):
     if args.checkpointing:
         models.enable_checkpointing(transformer)
 
-    sigmas = backbone.sigmas(SCHEDULE)
+    sigmas = backbone.sigmas(models.FEW_STEPS)
     uncond = backbone.encode([""])
-    last = len(SCHEDULE) - 1
+    last = len(models.FEW_STEPS) - 1
     say = print if rank == 0 else lambda *_: None
     say(f"{args.model}: {sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
     say(f"{n_images // args.group_size} prompts x {args.group_size} = {n_images} images an epoch, {args.epochs} epochs")

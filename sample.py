@@ -21,14 +21,11 @@ from tqdm import tqdm
 import models
 import rewards
 
-SCHEDULE = (1000, 750, 500, 250)
-TEACHER_GUIDANCE = {"classroom": 3.0, "sd3": 7.0, "sd35": 4.5}
-
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = p.add_argument
-    add("--model", default="classroom", choices=TEACHER_GUIDANCE, help="backbone")
+    add("--model", default="classroom", choices=models.BACKBONES, help="backbone")
     add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
     add("--resolution", type=int, help="pixels a side (default: the backbone's)")
     add("--lora", action="append", default=[], type=Path, help="adapter folder; repeat to stack, applied in order")
@@ -45,7 +42,7 @@ def parse_args(argv=None):
     add("--batch_size", type=int, default=50, help="images at once")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = p.parse_args(argv)
-    few = args.steps == len(SCHEDULE)
+    few = args.steps == len(models.FEW_STEPS)
     for name in ("n", "batch_size", "resolution"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -56,7 +53,7 @@ def parse_args(argv=None):
     if not 0 <= args.eta <= 1:
         p.error(f"--eta {args.eta}: allowed is 0 (ODE) to 1 (full re-noising)")
     if args.guidance_scale is None:
-        args.guidance_scale = 1.0 if few else TEACHER_GUIDANCE[args.model]
+        args.guidance_scale = 1.0 if few else models.BACKBONES[args.model]["guidance"]
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
     if not (args.prompt or args.prompts) and args.model != "classroom":
@@ -130,7 +127,7 @@ def main(args):
     for i, folder in enumerate(args.lora):
         models.load_adapter(backbone.transformer, f"lora_{i}", folder)
     backbone.roles["generator"] = tuple(f"lora_{i}" for i in range(len(args.lora)))
-    sigmas = backbone.sigmas(SCHEDULE if args.steps == len(SCHEDULE) else args.steps)
+    sigmas = backbone.sigmas(models.FEW_STEPS if args.steps == len(models.FEW_STEPS) else args.steps)
     start = time.perf_counter()
     images = generate(backbone, prompts, sigmas, args.eta, args.guidance_scale, args.seed, args.batch_size)
     ms = 1000 * (time.perf_counter() - start) / len(prompts)

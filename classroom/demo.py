@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # so that `python classroom/demo.py` finds the mo
 import models  # noqa: E402
 import rewards  # noqa: E402
 from classroom import shapes  # noqa: E402
-from sample import SCHEDULE, TEACHER_GUIDANCE, bootstrap_error, generate  # noqa: E402
+from sample import bootstrap_error, generate  # noqa: E402
 
 COLUMNS = {"geneval_strict": 1.0, "geneval": 1.0, "clipscore": 1.0}
 
@@ -63,7 +63,9 @@ def run_stage(script, args, *flags):
     command += [str(ROOT / script), "--device", "cpu", *map(str, flags)]
     shown = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
     print(f"\n$ {shown} {script} --device cpu " + " ".join(map(str, flags)), flush=True)
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    if done.returncode:
+        raise models.UserError(f"{script} ended with status {done.returncode}; its own message stands above")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ def main(args):
     backbone.roles |= {"acdmd": ("acdmd",), "rtdmd": ("acdmd", "rtdmd")}
     scorers = rewards.load_scorers(COLUMNS, "cpu", models.CLASSROOM)
     metadata = shapes.sample_prompts(args.n_prompts, 0, "heldout")
-    few, many, guidance = backbone.sigmas(SCHEDULE), backbone.sigmas(28), TEACHER_GUIDANCE["classroom"]
+    few, many, guidance = backbone.sigmas(), backbone.sigmas(28), models.BACKBONES["classroom"]["guidance"]
     samplers = [
         ("teacher 28 steps guided", "teacher", many, 0.0, guidance),
         ("teacher 4 Euler steps", "teacher", few, 0.0, 1.0),
@@ -230,4 +232,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    models.run(main, parse_args())

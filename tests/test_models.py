@@ -158,6 +158,41 @@ def test_whole_fake_loss_of_both_stages_is_equal_at_s_0(backbone):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+def test_generator_gradient_of_both_stages_is_equal_at_s_0_and_comes_from_the_right_roles(backbone):
+    args = types.SimpleNamespace(dm_weight=0.5, bp_weight=0.0, guidance_scale=2.5, eta=0.9)
+    x0 = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x0")).requires_grad_()
+    cond, uncond, key = backbone.encode(PROMPTS), backbone.encode([""]), (0, 1, "generator")
+    loss = acdmd.generator_loss(backbone, cond, uncond, x0, 0.0, args, range(3), key)
+    (gradient,) = torch.autograd.grad(loss, x0)
+    g_dm, g_bp, loss_dm, _ = rtdmd.last_step_gradients(backbone, None, PROMPTS, cond, uncond, x0, args, range(3), key)
+    torch.testing.assert_close(g_dm, 0.5 * gradient, atol=1e-8, rtol=1e-4)
+    torch.testing.assert_close(loss_dm, loss.detach())
+    assert not g_bp.any()
+    with torch.no_grad():  # the same by hand: g = (x0_fake - guided x0_teacher) / mean|x0 - x0_teacher|
+        x_t, sigma_t, _ = rtdmd.noised(backbone, x0, range(3), key)
+        x_fake = x_t - models.per_sample(sigma_t, x_t) * backbone.velocity(x_t, sigma_t, cond, role="fake")
+        v = backbone.velocity(x_t, sigma_t, cond, 2.5, uncond, role="teacher")
+        x_teacher = x_t - models.per_sample(sigma_t, x_t) * v
+        g = (x_fake - x_teacher) / (x0 - x_teacher).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(gradient, g / g.numel(), atol=1e-7, rtol=1e-4)
+
+
+def test_presets_equal_the_published_table(monkeypatch, tmp_path):
+    (tmp_path / "generator_ema").mkdir(), (tmp_path / "fake").mkdir()
+    table = {"sd3": (7.0, 16, 2, 1024), "sd35": (4.5, 24, 9, 512)}
+    for model, (guidance, group_size, batch_size, resolution) in table.items():
+        one = acdmd.parse_args(["--model", model, "--prompts", "p.txt"])
+        assert (one.lr, one.lr_fake, one.batch_size, one.guidance_scale) == (3e-5, 3e-5, 9, guidance)
+        assert (one.eta, one.gamma, one.delta_max, one.fake_update_ratio, one.rank) == (0.9, 0.01, 200, 10, 32)
+        flags = ["--model", model, "--prompts", "p.txt", "--distilled", str(tmp_path), "--rewards", "clipscore"]
+        two = rtdmd.parse_args(flags)
+        assert (two.lr, two.lr_fake, two.init_std, two.guidance_scale) == (3e-6, 3e-5, 1.0, guidance)
+        assert (two.group_size, two.batch_size, two.batches) == (group_size, batch_size, 16)
+        assert (two.n_chosen, two.clip_range, two.ema_every) == (2, 1e-5, 8)
+        assert (two.dm_weight, two.bp_weight, two.reward_margin) == (1e-3, 1e-4, 3.0)
+        assert models.BACKBONES[model]["resolution"] == resolution
+
+
 def test_decode_is_differentiable_and_in_range(backbone):
     z = torch.randn(2, *backbone.latent_shape, requires_grad=True)
     images = backbone.decode(z)
