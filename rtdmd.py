@@ -127,6 +127,8 @@ def parse_args(argv=None):
         args.rewards = rewards.parse_weights(args.rewards)
     except models.UserError as error:
         p.error(str(error))
+    if not (args.policy_weight or args.dm_weight or args.bp_weight):
+        p.error("--policy_weight, --dm_weight and --bp_weight are all 0: nothing would train")
     if args.bp_weight and not any(rewards.SCORERS[name].differentiable for name in args.rewards):
         p.error("--bp_weight needs a differentiable reward such as clipscore in --rewards; or give --bp_weight 0")
     return args
@@ -379,8 +381,8 @@ def main(args):
         parts = []
         for b in range(0, per_rank, args.batch_size):
             part = slice(b, b + args.batch_size)
-            call = (prompts[part], metadata[part], sigmas, chosen, args, mine[part], epoch)
-            parts.append(sample(backbone, scorers, *call))
+            texts, facts = prompts[part], metadata[part]
+            parts.append(sample(backbone, scorers, texts, facts, sigmas, chosen, args, mine[part], epoch))
         states = torch.cat([s for s, _, _ in parts])
         old_log_prob = {j: torch.cat([logp[j] for _, logp, _ in parts]) for j in chosen}
         scores = {name: torch.cat([r[name] for _, _, r in parts]) for name in args.rewards}
@@ -408,6 +410,8 @@ def main(args):
         order = torch.randperm(per_rank, generator=g)
         policy_order = order[signal[order]]  # images of groups without signal leave the policy term
         steps = len(chosen) + 1  # gradients are averaged over images and these steps
+        if args.policy_weight:  # a rank without signal still reports
+            sums |= dict.fromkeys(("loss/policy", "ratio_drift", "clip_fraction"), torch.zeros((), device=device))
         for part in policy_order.tensor_split(args.batches) if args.policy_weight else ():
             # chosen steps: policy gradient
             if not len(part):
@@ -430,11 +434,13 @@ def main(args):
             sums["grad_norm/policy"] = torch.nn.utils.get_total_norm([p.grad for p in generator])
         for part in order.split(args.batch_size) if args.dm_weight or args.bp_weight else ():
             # last step: leash and reward back-propagation
-            part_prompts, x = [prompts[i] for i in part], states[part, last].to(device)
-            cond = backbone.encode(part_prompts)
+            texts, x = [prompts[i] for i in part], states[part, last].to(device)
+            cond = backbone.encode(texts)
             x0 = cps_step(x, backbone.velocity(x, sigmas[last], cond), sigmas[last], 0.0)
-            call = (args, [mine[i] for i in part], (args.seed, epoch, "generator"))
-            g_dm, g_bp, loss_dm, loss_bp = last_step_gradients(backbone, scorers, part_prompts, cond, uncond, x0, *call)
+            indices, key = [mine[i] for i in part], (args.seed, epoch, "generator")
+            g_dm, g_bp, loss_dm, loss_bp = last_step_gradients(
+                backbone, scorers, texts, cond, uncond, x0, args, indices, key
+            )
             x0.backward((g_dm + g_bp) / (args.batches * steps))  # chain rule: from dL/dx0 through the transformer
             add_to(sums, {"loss/dm": loss_dm, "loss/bp": loss_bp}, args.batches)
             add_to(sums, {"grad_x0/dm": g_dm.norm(), "grad_x0/bp": g_bp.norm()}, args.batches * steps)
@@ -444,7 +450,7 @@ def main(args):
         ema.update(epoch + 1)
 
         # log, sample, save
-        row = models.mean_over_ranks(sums, world_size) if sums else {}
+        row = models.mean_over_ranks(sums, world_size)
         models.check_finite(row, epoch + 1, args.out)
         row |= {f"reward/{name}": r.mean().item() for name, r in scores.items()}
         seconds = time.perf_counter() - began
@@ -454,9 +460,8 @@ def main(args):
         if rank == 0 and args.sample_every and ((epoch + 1) % args.sample_every == 0 or epoch == 0):
             latents = models.sample_latents(backbone, [p for p, _ in pairs[:16]], sigmas, args.eta, role="ema")
             with torch.no_grad():
-                models.save_grid(
-                    backbone.decode(latents), args.out / "samples" / f"epoch_{epoch + 1:06d}.png", columns=8
-                )
+                images = backbone.decode(latents)
+            models.save_grid(images, args.out / "samples" / f"epoch_{epoch + 1:06d}.png", columns=8)
         if (epoch + 1) % args.save_every == 0 or stopped:
             checkpoint(epoch + 1)
         if stopped:

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-import rtdmd
 from acdmd import consistency_loss, distribution_matching_loss, fake_score_loss
 from models import EMA, cps_log_prob, cps_mean, cps_step, renoise
 from rtdmd import choose_steps, group_advantages, informative, policy_loss, shared_noise
@@ -120,23 +119,6 @@ def test_matching_gradient_with_zero_normaliser():
     (grad,) = torch.autograd.grad(loss, x_s)
     assert loss.isfinite() and (grad[:2] == 0).all()
     assert close(grad[2], (fake[2] - teacher[2]) / (x_s[2] - teacher[2]).abs().mean() / x_s.numel(), atol=1e-7)
-
-
-def test_stage_2_repeats_the_losses_of_stage_1_at_0():
-    x0, noise, z_1, z_2, fake, teacher = (randn(3, 2, 4, 4, seed=seed) for seed in range(6))
-    t, delta, w = torch.tensor([0.05, 0.3, 0.9]), torch.tensor([200, 7, 90]), torch.tensor(0.7, requires_grad=True)
-    x_t, target, sigma_ts = renoise(x0.requires_grad_(), 0.0, t, noise)
-    v = w * x_t
-    cons = lambda x, sigma: w * x, x_t, t, v, delta, 0.9, z_1, z_2
-    pairs = [
-        (fake_score_loss(v, target, sigma_ts), rtdmd.fake_score_loss(v, x0, noise, t)),
-        (consistency_loss(*cons), rtdmd.consistency_loss(*cons)),
-        (distribution_matching_loss(w * x0, fake, teacher), rtdmd.distribution_matching_loss(w * x0, fake, teacher)),
-    ]
-    for one, two in pairs:
-        assert close(one, two)
-        grads = [torch.autograd.grad(loss, (w, x0), retain_graph=True) for loss in (one, two)]
-        assert all(close(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_policy_gradient_at_ratio_1():
