@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 
 import acdmd
 import models
@@ -215,3 +216,22 @@ def test_resolution_and_model_are_checked(backbone):
         models.load("sd4")
     with pytest.raises(ValueError, match="guidance_scale > 1 needs uncond"):
         backbone.velocity(torch.randn(3, *backbone.latent_shape), 0.5, backbone.encode(PROMPTS), 2.0)
+
+
+def test_a_saved_stack_loads_in_diffusers_and_gives_the_same_image(backbone, tmp_path):
+    pytest.importorskip("peft", reason="peft is in requirements-dev.txt")
+    pipe = StableDiffusion3Pipeline.from_pretrained(models.CLASSROOM / "teacher")
+    pipe.set_progress_bar_config(disable=True)
+    for name in ("generator", "fake"):
+        models.save_adapter(backbone.transformer, name, tmp_path / name)
+        pipe.load_lora_weights(tmp_path / name, adapter_name=name)
+    pipe.set_adapters(["generator", "fake"])
+    noise = models.draw(torch.randn, backbone.latent_shape, range(3), "sample", 0, "start")
+    call = dict(num_inference_steps=4, guidance_scale=1.0, max_sequence_length=backbone.text_tokens, latents=noise)
+    want = pipe(PROMPTS, output_type="pt", **call).images
+    backbone.roles["both"] = ("generator", "fake")
+    latents = models.sample_latents(backbone, PROMPTS, backbone.sigmas(4), role="both")
+    plain = models.sample_latents(backbone, PROMPTS, backbone.sigmas(4), role="teacher")
+    with torch.no_grad():
+        assert (backbone.decode(latents) - want).abs().max() < 1e-4
+        assert (backbone.decode(plain) - want).abs().max() > 1e-2
