@@ -443,7 +443,10 @@ def main(args):
             )
             x0.backward((g_dm + g_bp) / (args.batches * steps))  # chain rule: from dL/dx0 through the transformer
             add_to(sums, {"loss/dm": loss_dm, "loss/bp": loss_bp}, args.batches)
-            add_to(sums, {"grad_x0/dm": g_dm.norm(), "grad_x0/bp": g_bp.norm()}, args.batches * steps)
+            per_image = {
+                f"grad_x0/{k}": len(x0) * g.flatten(1).norm(dim=1).mean() for k, g in (("dm", g_dm), ("bp", g_bp))
+            }
+            add_to(sums, per_image, args.batches)
         sums["grad_norm/generator"] = step_optimizer(optimizer, lr_scale * args.lr, world_size)
 
         # 6) EMA

@@ -92,12 +92,17 @@ def test_two_processes_equal_one(distilled, tmp_path):
 
 
 def close_adapters(a, b):
+    """Equal up to rounding. Adam divides by the gradient's own size, so a gradient of rounding size may step anywhere:
+    that is allowed to 1 entry in 50 of a tensor, and to none of the logged losses."""
     files = list(a.glob("*/*.safetensors"))
-    assert files
+    assert len(files) == 3
     for file in files:
         one, two = models.load_file(file), models.load_file(b / file.relative_to(a))
         for key in one:
-            torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=1e-4)
+            far = (one[key] - two[key]).abs() > 1e-5 + 1e-4 * one[key].abs()
+            assert far.float().mean() <= 0.02 and (one[key] - two[key]).norm() <= 1e-2 * one[key].norm(), (file, key)
+    for one, two in zip(log(a.parent), log(b.parent), strict=True):
+        assert one == pytest.approx(two, rel=2e-3, abs=1e-5)
 
 
 def test_a_run_in_a_used_folder_starts_clean_and_a_resumed_one_keeps_one_log(distilled, tmp_path):
