@@ -1,4 +1,4 @@
-"""Stage 0: train the classroom's teacher from nothing, about 50 minutes on 2 CPU cores.
+"""Stage 0: train the classroom's teacher from nothing, about half an hour on 2 CPU cores.
 
 1. VAE: a small AutoencoderKL (64x64 px -> 4x8x8 latents), L1 + L2 reconstruction and a little KL.
 2. CLIP: a small CLIPModel, contrastive, plus a loss that makes its text tower's penultimate layer tell the parse.
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     p.add_argument("--stages", nargs="+", default=["vae", "clip", "teacher"], choices=["vae", "clip", "teacher"])
     p.add_argument("--out", type=Path, default=HERE, help="folder that receives teacher/ and clip/")
     p.add_argument("--vae_steps", type=int, default=1200, help="batches of 32 images")
-    p.add_argument("--clip_steps", type=int, default=700, help="batches of 192 image-caption pairs")
+    p.add_argument("--clip_steps", type=int, default=500, help="batches of 192 image-caption pairs")
     p.add_argument("--teacher_steps", type=int, default=4500, help="global batches of 96 latents")
     p.add_argument("--n_latents", type=int, default=36000, help="pre-encoded training images of the teacher")
     p.add_argument("--seed", type=int, default=0, help="covers data, initial weights and noise")
@@ -153,8 +153,7 @@ def parse_of(metadata):
     whole [6]: task, count, kind and colour of both objects; read at the end token.
     sides [4, 2]: the kind and colour that the caption puts left, right, above, below; each read at one of the last four
     tokens of the padded text. Attention is causal, so "circle" in "a circle left of a square" cannot know its side, but
-    the tail can, and there an image token finds its side by attention alone. Without this the teacher had not learned
-    position after 6,000 steps.
+    the tail can, and there an image token can find its side by attention alone.
     """
     kinds, colors = (None, *shapes.SHAPES), (None, *shapes.COLORS)
     code = lambda need: [kinds.index(need.get("class")), colors.index(need.get("color"))]  # noqa: E731
