@@ -1,220 +1,854 @@
-"""Rewards: scorers with one signature, prompt files, and GenEval's decision rules.
+"""Rewards: nine scorers with one signature, prompt files, GenEval's rules and training prompts.
 
 A scorer maps (images [B, 3, H, W] in [0, 1], prompts, metadata) to columns {name: [B] float32}. The trainers
 and sample.py ask for columns with weights, `--rewards clipscore=1,geneval=1`, and get a `Scorers`: each model once.
 
 Reported scores, and the rewards of the policy gradient, see pictures rounded to 8 bits as a file would hold them. The
-differentiable path does not round.
+differentiable path does not round. Resizing is torch's antialiased one; against PIL's, CLIP's inputs differ by .004 on
+average (normalised units).
+
+    python rewards.py geneval_train.jsonl --n 50000          GenEval-style training prompts
 """
 
+import argparse
+import html
 import json
+import math
+import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import models
 from models import UserError
 
 # ---------------------------------------------------------------------------------------------------------------
-# scorers
+# published weights
+
+SOURCES = {  # folder under --reward_dir -> where its files come from; what is not there is asked of the hub
+    "clip": "openai/clip-vit-large-patch14",
+    "pickscore": "yuvalkirstain/PickScore_v1",
+    "hpsv2": "xswu/HPSv2",
+    "aesthetic": "https://github.com/christophschuhmann/improved-aesthetic-predictor",
+    "imagereward": "zai-org/ImageReward",
+    "bert": "google-bert/bert-base-uncased",
+    "hpsv3": "MizzenAI/HPSv3",
+    "qwen2vl": "Qwen/Qwen2-VL-7B-Instruct",
+    "ocr_det": "PaddlePaddle/PP-OCRv5_mobile_det_safetensors",
+    "ocr_rec": "PaddlePaddle/PP-OCRv5_mobile_rec_safetensors",
+    "mask2former": "facebook/mask2former-swin-small-coco-instance",
+    "qwen3vl": "Qwen/Qwen3-VL-8B-Instruct",
+}
 
 
-class CLIPScore:
-    """Cosine of a CLIP model's image and text embeddings; differentiable in the images.
+class Weights:
+    """Opens the files of SOURCES, from reward_dir/<folder> or the hub, and shares the CLIP that three scorers use."""
 
-    Weights: reward_dir/clip, else openai/clip-vit-large-patch14 (any CLIPModel folder works). Preprocessing:
-    shortest side to the model's size, bilinear with antialias, centre crop, CLIP mean and std. Range .28 to .32 with
-    the published model, up to 1 with the classroom's.
+    def __init__(self, reward_dir=None):
+        self.reward_dir = Path(reward_dir) if reward_dir else None
+        self.shared = {}
+
+    def source(self, folder):
+        """What from_pretrained takes: the local folder if it is there, else the hub id."""
+        local = self.reward_dir / folder if self.reward_dir else None
+        return str(local) if local and local.is_dir() else SOURCES[folder]
+
+    def missing(self, folder, name, error):
+        place = f"{self.reward_dir or 'REWARDS'}/{folder}/"
+        command = "" if "://" in SOURCES[folder] else f" (hf download {SOURCES[folder]} --local-dir {place})"
+        return UserError(
+            f"cannot open {name} of {SOURCES[folder]}: {str(error).splitlines()[0]} Put it into {place}{command} "
+            f"and give --reward_dir {self.reward_dir or 'REWARDS'}"
+        )
+
+    def open(self, cls, folder, **options):
+        """cls.from_pretrained for configs and tokenizers."""
+        try:
+            return cls.from_pretrained(self.source(folder), **options)
+        except (OSError, ValueError) as error:
+            raise self.missing(folder, f"the files of {cls.__name__}", error) from None
+
+    def file(self, folder, name):
+        """Path of one published file."""
+        source = self.source(folder)
+        if "://" in source or Path(source).is_dir():
+            path = Path(source) / name
+            if not path.is_file():
+                raise self.missing(folder, name, f"there is no {path}." if "://" not in source else "not on the hub.")
+            return path
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(source, name))
+        except (OSError, ValueError) as error:  # no network, no such file
+            raise self.missing(folder, name, error) from None
+
+    def state(self, folder, name):
+        """State dict of one published file; a pickle is read without running any of it."""
+        path = self.file(folder, name)
+        try:
+            if path.suffix == ".safetensors":
+                return models.load_file(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, models.SafetensorError) as error:
+            raise UserError(f"{path} is not a file of plain tensors: {str(error).splitlines()[0]}") from None
+
+    def model(self, cls, folder, config=None, state=None, dtype=torch.float32, **options):
+        """A frozen transformers model, from its folder or from (config, state). A key that does not fit is an error."""
+        source = self.source(folder)
+        options |= dict(config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        try:
+            model, info = cls.from_pretrained(None if state else source, state_dict=state, **options)
+        except OSError as error:
+            raise self.missing(folder, f"the weights of {cls.__name__}", error) from None
+        wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
+        wrong += [f"{key} is left over" for key in sorted(info["unexpected_keys"])]
+        wrong += [f"{key} is {tuple(a)}, not {tuple(b)}" for key, a, b in sorted(info["mismatched_keys"])]
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise UserError(f"the weights of {source} do not fit {cls.__name__}: {', '.join(wrong[:5])}{more}")
+        return model.eval().requires_grad_(False)
+
+    def clip(self, folder="clip"):
+        """A CLIPModel folder as a `Clip`, loaded once."""
+        if folder not in self.shared:
+            from transformers import CLIPModel
+
+            self.shared[folder] = Clip(self.model(CLIPModel, folder), self.clip_tokenizer(folder))
+        return self.shared[folder]
+
+    def clip_tokenizer(self, folder="clip"):
+        from transformers import CLIPTokenizer
+
+        return self.open(CLIPTokenizer, folder)
+
+
+def linear_stack(state, prefix, indices, source, between=None):
+    """The linear layers `prefix{i}.weight/.bias` in a row, `between` after each but the last; takes all of `state`."""
+    want = {f"{prefix}{i}.{part}" for i in indices for part in ("weight", "bias")}
+    if set(state) != want:
+        raise UserError(f"{source}: keys missing {sorted(want - set(state))}, left over {sorted(set(state) - want)}")
+    layers, width = [], state[f"{prefix}{indices[0]}.weight"].shape[-1]
+    for i in indices:
+        weight, bias = state[f"{prefix}{i}.weight"].float(), state[f"{prefix}{i}.bias"].float()
+        if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
+            raise UserError(f"{source}: {prefix}{i}.weight is {tuple(weight.shape)}, and {width} numbers go in")
+        width = weight.shape[0]
+        layer = nn.Linear(*weight.shape[::-1], device="meta")
+        layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+        layers += [layer] if between is None or not layers else [between(), layer]
+    return nn.Sequential(*layers).eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# pictures in, in torch and differentiable
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of RGB
+
+
+def normalize(images, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
+    """(images - mean) / std per channel; the defaults are CLIP's."""
+    mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (mean, std))
+    return (images - mean) / std
+
+
+def resize(images, height, width, mode="bicubic"):
+    """Antialiased resize of [B, 3, H, W]; equal sizes pass untouched."""
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, (height, width), mode=mode, antialias=True)
+
+
+def resize_and_crop(images, size, mode="bicubic"):
+    """Shortest side to `size`, then the centre square: what CLIP's and BLIP's processors do."""
+    h, w = images.shape[-2:]
+    images = resize(images, max(size, size * h // w), max(size, size * w // h), mode)
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+def resize_and_pad(images, size):
+    """Longest side to `size`, then black to a square: HPSv2's preprocessing."""
+    h, w = images.shape[-2:]
+    images = resize(images, round(h * size / max(h, w)), round(w * size / max(h, w)))
+    rows, columns = size - images.shape[-2], size - images.shape[-1]
+    return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+
+def patchify(images, patch):
+    """Qwen-VL's input rows [B gh gw, 3 * 2 * patch * patch] and grid [B, 3]: 2x2 patches together, one frame twice."""
+    b, _, h, w = images.shape
+    gh, gw = h // patch, w // patch
+    x = images.view(b, 3, gh // 2, 2, patch, gw // 2, 2, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)  # [B, gh/2, gw/2, 2, 2, 3, 2, patch, patch]
+    return x.reshape(b * gh * gw, -1), torch.tensor([[1, gh, gw]] * b, device=images.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# CLIP-like scorers: differentiable
+
+
+class Clip(nn.Module):
+    """A CLIPModel with its tokenizer: unit embeddings of normalised pixels, and of prompts (kept: they come back)."""
+
+    def __init__(self, model, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.size = model.config.vision_config.image_size
+        self.cache = {}  # prompt -> [D]; the text side needs no gradient
+
+    def image(self, pixels):
+        return F.normalize(self.model.get_image_features(pixels).pooler_output, dim=-1)
+
+    @torch.no_grad()
+    def text(self, prompts):
+        device = self.model.logit_scale.device
+        new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
+        if new:
+            length = self.model.config.text_config.max_position_embeddings
+            tokens = self.tokenizer(new, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+            embeds = self.model.get_text_features(tokens.input_ids.to(device)).pooler_output
+            self.cache |= dict(zip(new, F.normalize(embeds, dim=-1).cpu(), strict=True))
+        return torch.stack([self.cache[p] for p in prompts]).to(device)
+
+
+class CLIPScore(nn.Module):
+    """Cosine of CLIP L/14's image and text embeddings, .28 to .32 (up to 1 with the classroom's CLIP).
+
+    Weights: clip/, any CLIPModel folder. Shortest side to 224 bilinear (as the published tables), centre crop.
     """
 
     columns = ("clipscore",)
     differentiable = True
 
-    def __init__(self, device, reward_dir=None):
-        models.quiet_libraries()
-        from transformers import CLIPModel, CLIPTokenizer
+    def __init__(self, weights, device):
+        super().__init__()
+        self.clip = weights.clip()
 
-        local = Path(reward_dir) / "clip" if reward_dir else None
-        source = str(local) if local and local.is_dir() else "openai/clip-vit-large-patch14"
-        self.model = CLIPModel.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False).to(device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(source)
-        self.size = self.model.config.vision_config.image_size
-        self.mean = torch.tensor((0.48145466, 0.4578275, 0.40821073), device=device).view(3, 1, 1)
-        self.std = torch.tensor((0.26862954, 0.26130258, 0.27577711), device=device).view(3, 1, 1)
-        self.text_embeds = {}  # prompt -> [D]; the text side needs no gradient and prompts come back
-
-    def __call__(self, images, prompts, metadata=None):
-        h, w = images.shape[-2:]
-        scale = self.size / min(h, w)
-        if scale != 1:
-            shape = (max(self.size, round(h * scale)), max(self.size, round(w * scale)))
-            images = F.interpolate(images, shape, mode="bilinear", antialias=True)
-        top, left = (images.shape[-2] - self.size) // 2, (images.shape[-1] - self.size) // 2
-        images = images[..., top : top + self.size, left : left + self.size]
-        embeds = self.model.get_image_features((images - self.mean) / self.std).pooler_output
-        return {"clipscore": F.cosine_similarity(embeds, self.embed_text(prompts), dim=-1)}
-
-    @torch.no_grad()
-    def embed_text(self, prompts):
-        new = [p for p in dict.fromkeys(prompts) if p not in self.text_embeds]
-        if new:
-            tokens = self.tokenizer(new, padding="max_length", truncation=True, return_tensors="pt")
-            embeds = self.model.get_text_features(tokens.input_ids.to(self.mean.device)).pooler_output
-            self.text_embeds |= dict(zip(new, embeds, strict=True))
-        return torch.stack([self.text_embeds[p] for p in prompts])
+    def forward(self, images, prompts, metadata=None):
+        pixels = normalize(resize_and_crop(images, self.clip.size, "bilinear"))
+        return {"clipscore": (self.clip.image(pixels) * self.clip.text(prompts)).sum(-1)}
 
 
-class GenEval:
-    """Does the picture hold the objects, counts, colours and positions of its metadata? Not differentiable.
+class PickScore(nn.Module):
+    """exp(logit_scale) cos of a CLIP H/14 tuned on user choices, 22 to 24 (arXiv 2305.01569).
 
-    Columns: `geneval`, the graded reward, and `geneval_strict`, 1 where every requirement holds exactly. The detector
-    is a function from uint8 images [B, H, W, 3] to lists of {"class", "box", "score", "color"}; here the classroom's.
+    Weights: pickscore/. Shortest side to 224 bicubic, centre crop. In sums of rewards it counts divided by 26.
     """
 
-    columns = ("geneval", "geneval_strict")
+    columns = ("pickscore",)
+    differentiable = True
+
+    def __init__(self, weights, device):
+        super().__init__()
+        self.clip = weights.clip("pickscore")
+
+    def forward(self, images, prompts, metadata=None):
+        pixels = normalize(resize_and_crop(images, self.clip.size))
+        cosine = (self.clip.image(pixels) * self.clip.text(prompts)).sum(-1)
+        return {"pickscore": self.clip.model.logit_scale.exp() * cosine}
+
+
+class Aesthetic(nn.Module):
+    """LAION's aesthetic predictor: a linear head on CLIP L/14's image embedding, 5 to 6. The prompt plays no part.
+
+    Weights: clip/ and aesthetic/sac+logos+ava1-l14-linearMSE.pth. Shortest side to 224 bicubic, centre crop.
+    """
+
+    columns = ("aesthetic",)
+    differentiable = True
+
+    def __init__(self, weights, device):
+        super().__init__()
+        self.clip = weights.clip()
+        name = "sac+logos+ava1-l14-linearMSE.pth"
+        self.head = linear_stack(weights.state("aesthetic", name), "layers.", (0, 2, 4, 6, 7), name)
+
+    def forward(self, images, prompts, metadata=None):
+        return {"aesthetic": self.head(self.clip.image(normalize(resize_and_crop(images, self.clip.size)))).squeeze(-1)}
+
+
+class HPSv2(nn.Module):
+    """Cosine of a CLIP H/14 tuned on human preferences, version 2.1, .27 to .35 (arXiv 2306.09341).
+
+    Weights: hpsv2/HPS_v2.1_compressed.pt in open_clip's naming, and clip/ for the tokenizer. Longest side to 224
+    bicubic, black borders.
+    """
+
+    columns = ("hpsv2",)
+    differentiable = True
+    CONFIG = dict(
+        projection_dim=1024,
+        vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16)
+        | dict(patch_size=14, image_size=224, hidden_act="gelu"),
+        text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+        | dict(vocab_size=49408, max_position_embeddings=77, hidden_act="gelu", eos_token_id=49407),
+    )
+
+    def __init__(self, weights, device):
+        super().__init__()
+        from transformers import CLIPConfig, CLIPModel
+
+        name = "HPS_v2.1_compressed.pt"
+        state = weights.state("hpsv2", name)
+        state = open_clip_to_transformers(state.get("state_dict", state))
+        model = weights.model(CLIPModel, "hpsv2", CLIPConfig(**self.CONFIG), state)
+        self.clip = Clip(model, weights.clip_tokenizer())
+
+    def forward(self, images, prompts, metadata=None):
+        pixels = normalize(resize_and_pad(images, self.clip.size))
+        texts = [plain_text(prompt) for prompt in prompts]
+        return {"hpsv2": (self.clip.image(pixels) * self.clip.text(texts)).sum(-1)}
+
+
+def plain_text(prompt):
+    """The cleaning of open_clip's tokenizer, as far as it matters: HTML entities, curly quotes, full-width letters."""
+    prompt = html.unescape(html.unescape(prompt)).translate(str.maketrans("‘’“”", "''\"\""))
+    return "".join(chr(ord(c) - 0xFEE0) if 0xFF01 <= ord(c) <= 0xFF5E else c for c in prompt)
+
+
+OPEN_CLIP = (  # open_clip's key without "visual." -> transformers' inside vision_model or text_model
+    (r"^transformer\.resblocks\.", "encoder.layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.", ".self_attn."),
+    (r"^conv1\.", "embeddings.patch_embedding."),
+    (r"^class_embedding$", "embeddings.class_embedding"),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^token_embedding\.", "embeddings.token_embedding."),
+    (r"^ln_pre\.", "pre_layrnorm."),  # transformers' spelling
+    (r"^ln_post\.", "post_layernorm."),
+    (r"^ln_final\.", "final_layer_norm."),
+)
+
+
+def renamed(key, table):
+    for pattern, name in table:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def open_clip_to_transformers(state):
+    """A CLIP state dict in open_clip's naming, renamed for transformers' CLIPModel (fused q, k, v taken apart)."""
+    out = {}
+    for key, value in state.items():
+        name = renamed(key.removeprefix("visual."), OPEN_CLIP)
+        name = ("vision_model." if key.startswith("visual.") else "text_model.") + name
+        if key == "logit_scale":
+            out[key] = value
+        elif key in ("visual.proj", "text_projection"):
+            out["visual_projection.weight" if key == "visual.proj" else "text_projection.weight"] = value.T.contiguous()
+        elif ".in_proj_" in name:
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                out[name.replace("in_proj_", f"{letter}_proj.")] = part.contiguous()
+        else:
+            out[name] = value
+    return out
+
+
+class ImageReward(nn.Module):
+    """Human preference on BLIP features, about standard normal; the published tables have .8 to 1.4 (arXiv 2304.05977).
+
+    Weights: imagereward/ImageReward.pt (version 1.0) and bert/, its tokenizer. Shortest side to 224 bicubic, centre
+    crop; 35 word pieces of the prompt.
+    """
+
+    columns = ("imagereward",)
+    differentiable = True
+    VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    VISION |= dict(patch_size=16, image_size=224, layer_norm_eps=1e-6)
+    TEXT = dict(vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072)
+    TEXT |= dict(num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=512, layer_norm_eps=1e-12)
+    KEYS = (  # inside blip.visual_encoder
+        (r"^cls_token$", "embeddings.class_embedding"),
+        (r"^pos_embed$", "embeddings.position_embedding"),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+        (r"^blocks\.", "encoder.layers."),
+        (r"\.norm([12])\.", r".layer_norm\1."),
+        (r"\.attn\.qkv\.", ".self_attn.qkv."),
+        (r"\.attn\.proj\.", ".self_attn.projection."),
+        (r"^norm\.", "post_layernorm."),
+    )
+
+    def __init__(self, weights, device):
+        super().__init__()
+        from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+        name = "ImageReward.pt"
+        parts = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}, "blip.vision_proj.": {}}
+        parts |= {"blip.text_proj.": {}, "": {}}  # the projections are of BLIP's own training, not used
+        for key, value in weights.state("imagereward", name).items():
+            prefix = next(p for p in parts if key.startswith(p))
+            parts[prefix][key.removeprefix(prefix)] = value
+        vision, text, head, left = (parts[p] for p in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.", ""))
+        if left:
+            raise UserError(f"{name}: left over {sorted(left)[:5]}")
+        text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
+        vision = {renamed(key, self.KEYS): value for key, value in vision.items()}
+        self.vision = weights.model(BlipVisionModel, "imagereward", BlipVisionConfig(**self.VISION), vision)
+        # is_decoder makes the cross-attention; called without it, the text attends both ways
+        config = BlipTextConfig(**self.TEXT, is_decoder=True)
+        self.text = weights.model(BlipTextModel, "imagereward", config, text, add_pooling_layer=False)
+        self.head = linear_stack(head, "layers.", (0, 2, 4, 6, 7), name)
+        self.tokenizer = weights.open(BertTokenizer, "bert")
+
+    def forward(self, images, prompts, metadata=None):
+        pixels = normalize(resize_and_crop(images, self.VISION["image_size"]))
+        seen = self.vision(pixels).last_hidden_state
+        options = dict(padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        tokens = self.tokenizer(prompts, **options).to(images.device)
+        states = self.text(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=seen).last_hidden_state
+        reward = self.head(states[:, 0]).squeeze(-1)
+        return {"imagereward": (reward - 0.16717362830052426) / 1.0333394966054072}  # the authors' mean and deviation
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# scorers on large vision-language models
+
+
+HPSV3_INSTRUCTION = """
+You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 being the best. 
+
+**Visual Quality:**  
+Evaluate the overall visual quality of the image. The following sub-dimensions should be considered:
+- **Reasonableness:** The image should not contain any significant biological or logical errors, such as abnormal body structures or nonsensical environmental setups.
+- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear and easy to interpret, with no blurring or indistinct areas.
+- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and other visual elements (e.g., hair, clothing, shadows).
+- **Aesthetic and Creativity:** Assess the artistic aspects of the image, including the color scheme, composition, atmosphere, depth of field, and the overall creative appeal. The scene should convey a sense of harmony and balance.
+- **Safety:** The image should not contain harmful or inappropriate content, such as political, violent, or adult material. If such content is present, the image quality and satisfaction score should be the lowest possible. 
+
+**Text Alignment:**  
+Assess how well the image matches the textual prompt across the following sub-dimensions:
+- **Subject Relevance** Evaluate how accurately the subject(s) in the image (e.g., person, animal, object) align with the textual description. The subject should match the description in terms of number, appearance, and behavior.
+- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, evaluate how well the image adheres to this style.
+- **Contextual Consistency**: Assess whether the background, setting, and surrounding elements in the image logically fit the scenario described in the prompt. The environment should support and enhance the subject without contradictions.
+- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., colors, clothing, accessories, expressions, actions) are faithfully represented in the image. Minor deviations may be acceptable, but critical attributes should be preserved.
+- **Semantic Coherence**: Evaluate whether the overall meaning and intent of the prompt are captured in the image. The generated content should not introduce elements that conflict with or distort the original description.
+Textual prompt - {text_prompt}
+
+
+"""  # noqa: E501, W291
+HPSV3_QUESTION = "\nPlease provide the overall ratings of this image: <|Reward|>"
+
+
+class HPSv3(nn.Module):
+    """Human preference by Qwen2-VL 7B with a reward head, about 10 to 15 (arXiv 2508.03789). No gradient here: 8 B.
+
+    Weights: hpsv3/HPSv3.safetensors, and qwen2vl/ for config and tokenizer. Pictures of about 448x448 pixels; the score
+    is read at the token <|Reward|>. Instruction and question are the hpsv3 package's, 1.0.0, MIT: the model knows no
+    other words.
+    """
+
+    columns = ("hpsv3",)
     differentiable = False
 
-    def __init__(self, device, reward_dir=None):
-        if reward_dir is None or Path(reward_dir).resolve() != models.CLASSROOM:
-            raise UserError(f"geneval has the classroom's detector only: use --reward_dir classroom, not {reward_dir}")
-        from classroom.shapes import detect
+    def __init__(self, weights, device):
+        super().__init__()
+        from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
-        self.detect = detect
+        name = "HPSv3.safetensors"
+        state = weights.state("hpsv3", name)
+        state.pop("lm_head.weight", None)
+        head = {key: state.pop(key) for key in list(state) if key.startswith("rm_head.")}
+        self.head = linear_stack(head, "rm_head.", (0, 3, 5), name, between=nn.ReLU)
+        config = weights.open(Qwen2VLConfig, "qwen2vl")
+        self.tokenizer = weights.open(AutoTokenizer, "qwen2vl")
+        self.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+        rows = config.text_config.vocab_size = len(state.get("model.embed_tokens.weight", ()))
+        token = self.tokenizer.convert_tokens_to_ids("<|Reward|>")
+        if token != rows - 1:
+            raise UserError(f"<|Reward|> is token {token} of qwen2vl/'s tokenizer, and {name} has {rows} tokens")
+        state = {re.sub(r"^model\.", "language_model.", key): value for key, value in state.items()}
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        self.model = weights.model(Qwen2VLModel, "hpsv3", config, state, dtype)
 
-    def __call__(self, images, prompts, metadata=None):
-        if metadata is None or any("include" not in (m or {}) for m in metadata):
-            raise UserError(
-                'geneval needs metadata with "tag" and "include" for every prompt: use a GenEval .jsonl file'
-            )
-        pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        checks = [geneval_check(d, m) for d, m in zip(self.detect(pixels), metadata, strict=True)]
-        return {
-            "geneval": torch.tensor([c["graded"] for c in checks], dtype=torch.float32),
-            "geneval_strict": torch.tensor([float(c["strict"]) for c in checks]),
-        }
+    def forward(self, images, prompts, metadata=None):
+        pixels = resize(images, *self.size(*images.shape[-2:])).clamp(0, 1)
+        rows, grid = patchify(normalize(pixels), self.model.config.vision_config.patch_size)
+        start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        start += "<|image_pad|>" * int(grid[0].prod() // 4) + "<|vision_end|>"
+        texts = [start + HPSV3_INSTRUCTION.format(text_prompt=prompt) + HPSV3_QUESTION for prompt in prompts]
+        tokens, last = pad_right(self.tokenizer(texts).input_ids, images.device)
+        # NOTE: the model was trained and is published with plain positions 0, 1, 2, ..., for the image's tokens too
+        position = torch.arange(tokens.shape[1], device=images.device).expand(3, *tokens.shape)
+        states = self.model(tokens, position_ids=position, pixel_values=rows, image_grid_thw=grid).last_hidden_state
+        return {"hpsv3": self.head(states[torch.arange(len(last)), last].float())[:, 0]}
 
-
-SCORERS = {column: scorer for scorer in (CLIPScore, GenEval) for column in scorer.columns}
-
-
-class Scorers:
-    """The scorers behind {column: weight}; a model that serves two columns is loaded and run once."""
-
-    def __init__(self, weights, device, reward_dir=None):
-        self.weights, self.device = dict(weights), device
-        self.scorers = [cls(device, reward_dir) for cls in dict.fromkeys(SCORERS[name] for name in weights)]
-
-    @torch.no_grad()
-    def score(self, images, prompts, metadata=None):
-        """{column: [B] float32 on the CPU}. images: [B, 3, H, W] in [0, 1], rounded here to 8 bits."""
-        images = (images.to(self.device, torch.float32) * 255).round().clamp(0, 255) / 255
-        rows = {}
-        with torch.autocast(torch.device(self.device).type, enabled=False):  # cosines need more than bf16
-            for scorer in self.scorers:
-                rows |= {name: r.float().cpu() for name, r in scorer(images, prompts, metadata).items()}
-        for name in self.weights:
-            if not torch.isfinite(rows[name]).all():
-                raise UserError(f"{name} returned a score that is not finite")
-        return {name: rows[name] for name in self.weights}
-
-    def differentiable(self, images, prompts):
-        """Weighted sum of the differentiable columns, [B], with gradient to the images; 0 if there is none."""
-        total = images.new_zeros(len(images))
-        with torch.autocast(torch.device(self.device).type, enabled=False):
-            for scorer in self.scorers:
-                if scorer.differentiable:
-                    rows = scorer(images, prompts)
-                    total = total + sum(self.weights[name] * rows[name] for name in rows if name in self.weights)
-        return total
+    @staticmethod
+    def size(height, width, factor=28, area=256 * 28 * 28):
+        """Qwen2-VL's resize to about `area` pixels, both sides multiples of `factor`."""
+        h, w = round(height / factor) * factor, round(width / factor) * factor
+        ratio = math.sqrt(height * width / area)
+        if h * w > area:
+            return tuple(math.floor(side / ratio / factor) * factor for side in (height, width))
+        if h * w < area:
+            return tuple(math.ceil(side / ratio / factor) * factor for side in (height, width))
+        return h, w
 
 
-def load_scorers(weights, device="cpu", reward_dir=None):
-    """Scorers for {column: weight}; reward_dir holds weights that are not taken from the hub."""
-    unknown = [name for name in weights if name not in SCORERS]
-    if unknown:
-        raise UserError(f"unknown reward {unknown[0]!r}; allowed: {', '.join(SCORERS)}")
-    return Scorers(weights, device, reward_dir)
+def pad_right(rows, device):
+    """Lists of token ids -> ([B, L], index of each row's last token). Causal models need no mask for padding behind."""
+    last = torch.tensor([len(row) - 1 for row in rows], device=device)
+    width = int(last.max()) + 1
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device), last
 
 
-def parse_weights(text):
-    """ "clipscore=1,geneval=0.5" -> {"clipscore": 1.0, "geneval": 0.5}; a name alone has weight 1."""
-    weights = {}
-    for item in text.split(","):
-        name, _, weight = item.strip().partition("=")
-        if name not in SCORERS:
-            raise UserError(f"unknown reward {name!r}; allowed: {', '.join(SCORERS)}")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            raise UserError(f"weight {weight!r} of reward {name} is no number: write {name}=1") from None
-    if sum(weights.values()) <= 0:
-        raise UserError(f"the reward weights of {text!r} add up to {sum(weights.values())}: it must be above 0")
-    return weights
+class GenEval2(nn.Module):
+    """Soft-TIFA: Qwen3-VL 8B answers yes/no and counting questions about the picture (arXiv 2512.16853).
+
+    Columns: `geneval2`, geometric mean over a prompt's questions of the probability of the right answer's tokens, and
+    `geneval2_am`, the arithmetic mean. Weights: qwen3vl/. Metadata: "vqa_list", [[question, answer], ...].
+    A picture and the words before the question are encoded once; its questions follow as one batch on that cache.
+    """
+
+    columns = ("geneval2", "geneval2_am")
+    differentiable = False
+
+    def __init__(self, weights, device):
+        super().__init__()
+        from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        self.model = weights.model(Qwen3VLForConditionalGeneration, "qwen3vl", dtype=dtype)
+        self.tokenizer = weights.open(AutoTokenizer, "qwen3vl")
+
+    def forward(self, images, prompts, metadata):
+        from transformers import DynamicCache
+
+        device, vision = images.device, self.model.config.vision_config
+        factor = vision.patch_size * vision.spatial_merge_size
+        height, width = (max(1, round(side / factor)) * factor for side in images.shape[-2:])
+        pixels = resize(images, height, width).clamp(0, 1)
+        rows, grid = patchify(normalize(pixels, (0.5,) * 3, (0.5,) * 3), vision.patch_size)
+        pads = "<|image_pad|>" * int(grid[0].prod() // vision.spatial_merge_size**2)
+        start = self.tokenizer(f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>").input_ids
+        start = torch.tensor([start] * len(images), device=device)
+        cache = DynamicCache(config=self.model.config)
+        kind = (start == self.model.config.image_token_id).int()  # 1 at image tokens, for the positions
+        self.model.model(
+            start, pixel_values=rows, image_grid_thw=grid, mm_token_type_ids=kind, past_key_values=cache, use_cache=True
+        )
+        position, _ = self.model.model.get_rope_index(start, kind, grid)
+
+        asked = [(i, question, answer) for i, m in enumerate(metadata) for question, answer in m["vqa_list"]]
+        owner = torch.tensor([i for i, _, _ in asked], device=device)
+        end = " Answer in one word.<|im_end|>\n<|im_start|>assistant\n"
+        tokens, last = pad_right(self.tokenizer([q + end for _, q, _ in asked]).input_ids, device)
+        cache.batch_select_indices(owner)
+        position = position.max() + 1 + torch.arange(tokens.shape[1], device=device).expand(3, *tokens.shape)
+        states = self.model.model(tokens, position_ids=position, past_key_values=cache).last_hidden_state
+        logits = self.model.lm_head(states[torch.arange(len(last)), last])
+        chances = logits.float().softmax(-1).cpu()
+        right = [chances[j, self.answer_tokens(q, a)].sum() for j, (_, q, a) in enumerate(asked)]
+        owner = owner.cpu()
+        groups = [torch.stack(right)[owner == i].double() for i in range(len(images))]
+        means = {"geneval2": [g.log().mean().exp() for g in groups], "geneval2_am": [g.mean() for g in groups]}
+        return {name: torch.stack(values).float() for name, values in means.items()}
+
+    def answer_tokens(self, question, answer):
+        """First token of every spelling that counts as the answer; a token that two spellings share counts twice."""
+        if question.startswith("How many"):
+            digit = str(NUMBERS.index(answer.lower()))
+            spellings = [answer, answer.capitalize(), f" {answer}", f" {answer.capitalize()}", digit, f" {digit}"]
+        else:
+            spellings = ["Yes", "yes", " Yes", " yes"]
+        return [self.tokenizer(s, add_special_tokens=False).input_ids[0] for s in spellings]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# prompts
-
-
-def read_prompts(path):
-    """[(prompt, metadata)] from .txt (a prompt a line), .jsonl or .json ("prompt" or "text"; the rest is metadata)."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"prompt file {path} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read as UTF-8 text: {error}") from None
-    if path.suffix == ".txt":
-        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
-    elif path.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(text.splitlines(), 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON: {error}") from None
-    elif path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not JSON: {error}") from None
-    else:
-        raise UserError(f"prompt file {path}: unknown ending {path.suffix!r}; allowed: .txt, .jsonl, .json")
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} holds no prompts")
-    pairs = []
-    for number, row in enumerate(rows, 1):
-        row = {"prompt": row} if isinstance(row, str) else row
-        prompt = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
-        if not isinstance(prompt, str):
-            raise UserError(f'{path}, entry {number}: no "prompt" or "text" that is a string')
-        pairs.append((prompt, row))
-    return pairs
-
-
-def classroom_prompts(**repeat):
-    """[(prompt, metadata)] of the classroom's training captions, task types interleaved; repeat: {task: how often}."""
-    from classroom.shapes import TASKS, captions
-
-    columns = [captions(task, "train") for task in TASKS for _ in range(repeat.get(task, 1))]
-    longest = max(len(c) for c in columns)
-    return [(c[i % len(c)]["prompt"], c[i % len(c)]) for i in range(longest) for c in columns]
-
-
-def check_prompts(pairs, columns):
-    """Raise a ValueError if a prompt lacks what a scorer will need."""
-    for number, (prompt, metadata) in enumerate(pairs, 1):
-        if any(name.startswith("geneval") for name in columns) and not {"tag", "include"} <= set(metadata):
-            raise UserError(
-                f'prompt {number} ({prompt!r}) has no "tag" and "include", which geneval needs: take a GenEval .jsonl'
-            )
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# GenEval's rules
+# OCR
+
+
+class OCR(nn.Module):
+    """1 - edit distance / length between the prompt's quoted text and what PP-OCRv5 mobile reads in the picture.
+
+    Weights: ocr_det/ and ocr_rec/. The authors used PP-OCRv3 and v4: numbers do not compare to the digit.
+    """
+
+    columns = ("ocr",)
+    differentiable = False
+
+    def __init__(self, weights, device):
+        super().__init__()
+        from transformers import PPOCRV5MobileDetForObjectDetection, PPOCRV5MobileRecForTextRecognition
+
+        self.detector = weights.model(PPOCRV5MobileDetForObjectDetection, "ocr_det")
+        self.reader = weights.model(PPOCRV5MobileRecForTextRecognition, "ocr_rec")
+        name = "preprocessor_config.json"
+        config = json.loads(weights.file("ocr_rec", name).read_text(encoding="utf-8"))
+        self.characters, n = config.get("character_list", []), self.reader.config.head_out_channels
+        if len(self.characters) != n:
+            raise UserError(f"{name} of ocr_rec lists {len(self.characters)} characters, the model tells {n} apart")
+
+    def forward(self, images, prompts, metadata=None):
+        scores = [ocr_accuracy(self.read(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return {"ocr": torch.tensor(scores)}
+
+    def read(self, image):
+        """[(text, confidence)] of the lines in one image [3, H, W], top to bottom, those of confidence .5 and more."""
+        h, w = image.shape[-2:]
+        scale = min(1, 960 / max(h, w))
+        sides = (max(32, round(side * scale / 32) * 32) for side in (h, w))
+        # PaddleOCR applies ImageNet's RGB statistics to BGR channels, and so do these weights
+        pixels = normalize(resize(image[None], *sides, "bilinear").flip(1), *IMAGENET)
+        chances = self.detector(pixels).last_hidden_state[0, 0].float().cpu().numpy()
+        picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+        lines = [self.read_line(cut_out(picture, box), image.device) for box in text_boxes(chances, h, w)]
+        return [(text, confidence) for text, confidence in lines if text and confidence >= 0.5]
+
+    def read_line(self, crop, device):
+        """(text, confidence) of a crop, by greedy CTC: repeats collapse, class 0 is the blank."""
+        pixels = torch.from_numpy(np.array(crop)).to(device).permute(2, 0, 1)[None].float() / 255
+        pixels = resize(pixels, 48, math.ceil(48 * crop.width / crop.height), "bilinear") * 2 - 1
+        pixels = F.pad(pixels, (0, max(0, 320 - pixels.shape[-1])))
+        chance, index = self.reader(pixels).last_hidden_state[0].float().max(-1)
+        keep = index != 0
+        keep[1:] &= index[1:] != index[:-1]
+        if not keep.any():
+            return "", 0.0
+        return "".join(self.characters[i] for i in index[keep].tolist()), chance[keep].mean().item()
+
+
+def text_boxes(chances, height, width, threshold=0.3, box_threshold=0.6, grow=1.5):
+    """Corners [4, 2] (x, y in a height x width picture; top left, top right, bottom right, bottom left) of text lines.
+
+    Differentiable binarisation's post-processing (arXiv 1911.08947) on a probability map [h, w], as in PaddleOCR:
+    regions above `threshold`, those with a mean above `box_threshold`, the smallest rotated rectangle around each,
+    grown by grow * area / circumference. In reading order.
+    """
+    boxes = []
+    for rows, starts, ends in regions(chances > threshold):
+        pixels = np.concatenate([chances[y, a:b] for y, a, b in zip(rows, starts, ends, strict=True)])
+        points = np.concatenate([np.stack([starts, rows], 1), np.stack([ends - 1, rows], 1)]).astype(float)
+        center, axes, sides = smallest_rectangle(points)
+        if pixels.mean() < box_threshold or sides.min() < 3:
+            continue
+        sides = sides + grow * sides.prod() / sides.sum()  # d = grow * area / circumference, on either side
+        if sides.min() < 5:
+            continue
+        signs = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+        corners = center + (signs * sides / 2) @ axes
+        corners = corners * [width / chances.shape[1], height / chances.shape[0]]
+        boxes.append(corners.clip(0, [width - 1, height - 1]))
+    boxes.sort(key=lambda b: (b[0, 1], b[0, 0]))
+    for i in range(len(boxes) - 1):  # lines less than 10 px apart are one row: left to right
+        for j in range(i, -1, -1):
+            if abs(boxes[j + 1][0, 1] - boxes[j][0, 1]) >= 10 or boxes[j + 1][0, 0] >= boxes[j][0, 0]:
+                break
+            boxes[j], boxes[j + 1] = boxes[j + 1], boxes[j]
+    return boxes
+
+
+def regions(mask):
+    """8-connected regions of a boolean [h, w] as (rows, starts, ends) of their horizontal runs, ends exclusive."""
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    (rows, starts), (_, ends) = np.nonzero(edges == 1), np.nonzero(edges == -1)
+    parent = list(range(len(rows)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    above = 0  # first run of the row above that can still touch
+    for i in range(len(rows)):
+        while rows[above] < rows[i] - 1 or (rows[above] == rows[i] - 1 and ends[above] < starts[i]):
+            above += 1
+        j = above
+        while rows[j] == rows[i] - 1 and starts[j] <= ends[i]:
+            parent[root(i)] = root(j)
+            j += 1
+    roots = np.array([root(i) for i in range(len(rows))])
+    return [(rows[roots == r], starts[roots == r], ends[roots == r]) for r in np.unique(roots)]
+
+
+def smallest_rectangle(points):
+    """Rectangle of least area around points [N, 2], angles in steps of 1 degree: center [2], axes [2, 2], sides [2]."""
+    angles = np.deg2rad(np.arange(-45, 45))
+    axes = np.stack([np.cos(angles), np.sin(angles), -np.sin(angles), np.cos(angles)], 1).reshape(-1, 2, 2)
+    along = axes @ points.T  # [90, 2, N]
+    low, high = along.min(-1), along.max(-1)
+    best = (high - low).prod(-1).argmin()
+    return ((low + high) / 2)[best] @ axes[best], axes[best], (high - low)[best]
+
+
+def cut_out(picture, corners):
+    """The rotated rectangle as an upright crop; a tall one is turned by 90 degrees."""
+    top_left, top_right, bottom_right, bottom_left = corners
+    width = max(np.linalg.norm(top_right - top_left), np.linalg.norm(bottom_right - bottom_left))
+    height = max(np.linalg.norm(bottom_left - top_left), np.linalg.norm(bottom_right - top_right))
+    size = (max(1, round(width)), max(1, round(height)))
+    quad = np.concatenate([top_left, bottom_left, bottom_right, top_right]).tolist()
+    crop = picture.transform(size, Image.Transform.QUAD, quad, Image.Resampling.BICUBIC)
+    return crop.rotate(90, expand=True) if size[1] >= 1.5 * size[0] else crop
+
+
+def quoted_text(prompt):
+    """The text between the prompt's first two straight double quotes."""
+    parts = prompt.split('"')
+    if len(parts) < 3 or not parts[1].replace(" ", ""):
+        raise UserError(f'ocr needs a text in straight double quotes, as in: a sign that says "OPEN"; got {prompt!r}')
+    return parts[1]
+
+
+def ocr_accuracy(lines, prompt):
+    """1 - min(edit distance, n) / n in [0, 1]; n: length of the quoted text, case and spaces aside.
+
+    lines: [(text, confidence), ...] in reading order, joined; 1 also where the target is a part of them.
+    """
+    target = quoted_text(prompt).replace(" ", "").lower()
+    found = "".join(text for text, confidence in lines if confidence > 0).replace(" ", "").lower()
+    if target in found:
+        return 1.0
+    row = list(range(len(target) + 1))  # Levenshtein distance of each prefix of the target to what was read so far
+    for i, c in enumerate(found, 1):
+        diagonal, row[0] = row[0], i
+        for j, t in enumerate(target, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (c != t))
+    return 1 - min(row[-1], len(target)) / len(target)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# GenEval
+
+
+class GenEval(nn.Module):
+    """Does the picture hold the objects, counts, colours and positions of its metadata? (arXiv 2310.11513)
+
+    Columns: `geneval`, the graded reward; `geneval_strict`, 1 where every requirement holds exactly; `geneval_correct`,
+    the benchmark's own rule. The detector is the classroom's for --reward_dir classroom, else `ObjectDetector`.
+    """
+
+    columns = ("geneval", "geneval_strict", "geneval_correct")
+    differentiable = False
+
+    def __init__(self, weights, device):
+        super().__init__()
+        if weights.reward_dir and weights.reward_dir.resolve() == models.CLASSROOM:
+            from classroom.shapes import detect
+
+            pixels = lambda images: (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # noqa: E731
+            self.detect = lambda images, metadata: detect(pixels(images))
+        else:
+            self.detect = ObjectDetector(weights)
+
+    def forward(self, images, prompts, metadata):
+        found = self.detect(images, metadata)
+        checks = [geneval_check(d, m) for d, m in zip(found, metadata, strict=True)]
+        keys = zip(self.columns, ("graded", "strict", "correct"), strict=True)
+        return {name: torch.tensor([float(c[key]) for c in checks]) for name, key in keys}
+
+
+COCO = (  # GenEval's names of the 80 classes, in COCO's order
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,"
+    "snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,"
+    "fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,"
+    "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+).split(",")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+
+
+def segmenter_class():
+    """Mask2FormerForUniversalSegmentation without its training loss, which would need scipy."""
+    from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
+
+    class Segmenter(Mask2FormerPreTrainedModel):
+        _keys_to_ignore_on_load_unexpected = ["criterion.empty_weight"]
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.model = Mask2FormerModel(config)
+            self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+            self.post_init()
+
+        def forward(self, pixels):  # [B, 3, H, W] -> class logits [B, 100, 81], mask logits [B, 100, H/4, W/4]
+            out = self.model(pixels, output_hidden_states=True)
+            queries = out.transformer_decoder_intermediate_states[-1].transpose(0, 1)
+            return self.class_predictor(queries), out.masks_queries_logits[-1]
+
+    return Segmenter
+
+
+def instances(logits, masks, padded, resized, size, least=0.3):
+    """[(class name, score, mask [H, W], box)] of one image, mmdet's rules for Mask2Former.
+
+    logits [Q, 81], masks [Q, h, w] of logits for the padded picture, whose top left part `resized` shows the original
+    of `size`. Score: the class's chance times the mask's mean certainty; one query may appear under several classes.
+    Those with a chance below `least` are left out: no rule looks at them.
+    """
+    chance, index = logits.softmax(-1)[:, :-1].flatten().topk(min(100, logits[:, :-1].numel()))
+    index, chance = index[chance > least], chance[chance > least]
+    if not len(index):
+        return []
+    names, queries = (index % len(COCO)).tolist(), index // len(COCO)
+    masks = F.interpolate(masks[None, queries].float(), padded, mode="bilinear")[..., : resized[0], : resized[1]]
+    masks = F.interpolate(masks, size, mode="bilinear")[0]
+    inside = (masks > 0).float()
+    scores = chance * (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+    found = []
+    for name, score, mask in zip(names, scores.tolist(), inside, strict=True):
+        ys, xs = (mask.any(1 - axis).nonzero().flatten().tolist() for axis in (0, 1))
+        if ys:
+            found.append((COCO[name], score, mask, [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]))
+    return found
+
+
+class ObjectDetector(nn.Module):
+    """GenEval's detector for real pictures: Mask2Former (Swin-S, COCO instances), and CLIP L/14 for colours.
+
+    Weights: mask2former/ and clip/. The benchmark's own Mask2Former is another training run of the network (mmdet's):
+    scores differ a little, most at counting's threshold of .9.
+    """
+
+    def __init__(self, weights):
+        super().__init__()
+        self.segmenter = weights.model(segmenter_class(), "mask2former")
+        if self.segmenter.config.num_labels != len(COCO):
+            n = self.segmenter.config.num_labels
+            raise UserError(f"mask2former/ tells {n} classes apart, COCO has {len(COCO)}: take the coco-instance model")
+        self.clip = weights.clip()
+
+    def forward(self, images, metadata):
+        """[{"class", "box", "score", "color" where the metadata ask for one}, ...] of each image [B, 3, H, W]."""
+        h, w = images.shape[-2:]
+        scale = min(800 / min(h, w), 1333 / max(h, w))
+        small = resize(images, round(h * scale), round(w * scale), "bilinear")
+        rows, columns = small.shape[-2:]
+        pixels = normalize(small, *IMAGENET)
+        pixels = F.pad(pixels, (0, -columns % 32, 0, -rows % 32))
+        classes, masks = self.segmenter(pixels)
+        found = []
+        for image, logits, mask, m in zip(images, classes, masks, metadata, strict=True):
+            colored = {need["class"] for need in m["include"] if "color" in need}
+            objects = []
+            for name, score, inside, box in instances(logits, mask, pixels.shape[-2:], (rows, columns), (h, w)):
+                objects.append({"class": name, "box": box, "score": score})
+                if name in colored and score > 0.3:
+                    objects[-1]["color"] = self.color(image, inside, box, name)
+            found.append(objects)
+        return found
+
+    def color(self, image, mask, box, name):
+        """The colour whose prompts' mean embedding is closest to the object, cut out on grey #999."""
+        x0, y0, x1, y1 = box
+        cut = (image * mask + 0.6 * (1 - mask))[None, :, y0:y1, x0:x1]
+        kinds = ("a photo of a {c} {n}", "a photo of a {c}-colored {n}", "a photo of a {c} object")
+        texts = [kind.format(c=c, n=name) for c in COLORS for kind in kinds]
+        embeds = F.normalize(self.clip.text(texts).view(len(COLORS), len(kinds), -1).mean(1), dim=-1)
+        seen = self.clip.image(normalize(resize_and_crop(cut, self.clip.size)))
+        return COLORS[int((embeds @ seen[0]).argmax())]
 
 
 def relative_position(a, b, margin=0.1):
@@ -289,3 +923,247 @@ def _related(objects, groups, position):
     if groups[target] is None:
         return False
     return all(relation in relative_position(o["box"], t["box"]) for o in objects for t in groups[target])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# all together
+
+CLASSES = (PickScore, HPSv2, HPSv3, CLIPScore, Aesthetic, ImageReward, OCR, GenEval, GenEval2)
+SCORERS = {column: scorer for scorer in CLASSES for column in scorer.columns}
+SCALE = {"pickscore": 1 / 26}  # in sums of rewards, so that a weight of 1 means about the same for every reward
+
+
+class Scorers:
+    """The scorers behind {column: weight}; a model that serves two columns is loaded and run once.
+
+    batch_size: images a forward of a scorer takes (default: all that are given). offload: scorers wait on the CPU; for
+    `differentiable` they come to the device and stay until the next `score`.
+    """
+
+    def __init__(self, weights, device, reward_dir=None, batch_size=None, offload=False):
+        models.quiet_libraries()
+        self.weights, self.device = dict(weights), torch.device(device)
+        self.batch_size, self.offload = batch_size, offload
+        files = Weights(reward_dir)
+        self.scorers = [cls(files, device) for cls in dict.fromkeys(SCORERS[name] for name in weights)]
+        for scorer in self.scorers:
+            scorer.to("cpu" if offload else device)
+
+    @torch.no_grad()
+    def score(self, images, prompts, metadata=None, columns=None):
+        """{column: [B] float32 on the CPU}. images: [B, 3, H, W] in [0, 1], rounded here to 8 bits.
+
+        columns: those wanted (default: all that have a weight).
+        """
+        columns = list(self.weights) if columns is None else columns
+        metadata = [{}] * len(prompts) if metadata is None else metadata
+        check_prompts(list(zip(prompts, metadata, strict=True)), columns)
+        rows = {name: [] for name in columns}
+        size = self.batch_size or max(1, len(prompts))
+        for scorer in self.scorers:
+            if not set(columns) & set(scorer.columns):
+                continue
+            scorer.to(self.device)
+            for b in range(0, len(prompts), size):
+                part = (images[b : b + size].to(self.device, torch.float32) * 255).round().clamp(0, 255) / 255
+                scores = self.call(scorer, part, prompts[b : b + size], metadata[b : b + size])
+                for name in set(columns) & set(scorer.columns):
+                    rows[name].append(scores[name].float().cpu())
+            if self.offload:
+                scorer.to("cpu")
+        return {name: torch.cat(parts) for name, parts in rows.items()}
+
+    def differentiable(self, images, prompts):
+        """Weighted sum of the differentiable columns, [B], with gradient to the images; 0 if there is none."""
+        total = images.new_zeros(len(images))
+        for scorer in self.scorers:
+            if scorer.differentiable:
+                rows = self.call(scorer.to(self.device), images, prompts)
+                names = [name for name in rows if name in self.weights]
+                total = total + sum(self.weights[name] * SCALE.get(name, 1) * rows[name] for name in names)
+        return total
+
+    def call(self, scorer, images, prompts, metadata=None):
+        """One scorer on one batch, in the precision of its own weights; a failure carries its name."""
+        try:
+            with torch.autocast(self.device.type, enabled=False):  # cosines need more than bf16
+                rows = scorer(images, prompts, metadata)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, OSError) as error:
+            raise UserError(f"reward {scorer.columns[0]} failed: {type(error).__name__}: {error}") from error
+        for name, row in rows.items():
+            bad = (~torch.isfinite(row)).nonzero().flatten().tolist()
+            if bad:
+                raise UserError(f"{name} returned a score that is not finite for the prompt {prompts[bad[0]]!r}")
+        return rows
+
+
+def load_scorers(weights, device="cpu", reward_dir=None, batch_size=None, offload=False):
+    """Scorers for {column: weight}; reward_dir holds weights that are not taken from the hub."""
+    check_names(weights)
+    return Scorers(weights, device, reward_dir, batch_size, offload)
+
+
+def check_names(names):
+    for name in names:
+        if name not in SCORERS:
+            raise UserError(f"unknown reward {name!r}; allowed: {', '.join(SCORERS)}")
+
+
+def parse_weights(text):
+    """ "clipscore=1,geneval=0.5" -> {"clipscore": 1.0, "geneval": 0.5}; a name alone has weight 1."""
+    weights = {}
+    for item in text.split(","):
+        name, _, weight = item.strip().partition("=")
+        check_names([name])
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise UserError(f"weight {weight!r} of reward {name} is no number: write {name}=1") from None
+    if not math.isfinite(sum(weights.values())) or sum(weights.values()) <= 0:
+        raise UserError(f"the reward weights of {text!r} add up to {sum(weights.values())}: it must be above 0")
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# prompts
+
+
+def read_prompts(path):
+    """[(prompt, metadata)] from .txt (a prompt a line), .jsonl or .json ("prompt" or "text"; the rest is metadata)."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"prompt file {path} does not exist")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file {path} cannot be read as UTF-8 text: {error}") from None
+    if path.suffix == ".txt":
+        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+    elif path.suffix == ".jsonl":
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON: {error}") from None
+    elif path.suffix == ".json":
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not JSON: {error}") from None
+    else:
+        raise UserError(f"prompt file {path}: unknown ending {path.suffix!r}; allowed: .txt, .jsonl, .json")
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path} holds no prompts")
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        row = {"prompt": row} if isinstance(row, str) else row
+        prompt = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
+        if not isinstance(prompt, str):
+            raise UserError(f'{path}, entry {number}: no "prompt" or "text" that is a string')
+        pairs.append((prompt, row))
+    return pairs
+
+
+def classroom_prompts(**repeat):
+    """[(prompt, metadata)] of the classroom's training captions, task types interleaved; repeat: {task: how often}."""
+    from classroom.shapes import TASKS, captions
+
+    columns = [captions(task, "train") for task in TASKS for _ in range(repeat.get(task, 1))]
+    longest = max(len(c) for c in columns)
+    return [(c[i % len(c)]["prompt"], c[i % len(c)]) for i in range(longest) for c in columns]
+
+
+def check_prompts(pairs, columns):
+    """Raise a UserError if a prompt lacks what a scorer will need."""
+    need = {scorer for name, scorer in SCORERS.items() if name in columns}
+    for number, (prompt, metadata) in enumerate(pairs, 1):
+        if GenEval in need and not {"tag", "include"} <= set(metadata):
+            raise UserError(
+                f'prompt {number} ({prompt!r}) has no "tag" and "include", which geneval needs: take a GenEval .jsonl'
+            )
+        if GenEval2 in need and not metadata.get("vqa_list"):
+            raise UserError(
+                f'prompt {number} ({prompt!r}) has no "vqa_list", which geneval2 needs: take geneval2_data.jsonl of '
+                "facebookresearch/GenEval2"
+            )
+        if OCR in need:
+            quoted_text(prompt)
+
+
+def geneval_prompts(n, seed=0, exclude=()):
+    """n prompts with GenEval metadata, the six task types in turn: [{"tag", "include", "prompt", ...}].
+
+    Of COCO's 80 classes, 10 colours, counts 2 to 4 and 4 positions; the small task types repeat. The benchmark's 553
+    prompts all begin with "a photo of"; these never do, so none of them is among them. exclude: metadata (such as the
+    benchmark's file) whose content, in whatever words and order of objects, must not come either.
+    """
+    rng = np.random.default_rng(seed)
+    content = lambda m: (m["tag"], frozenset(json.dumps(need, sort_keys=True) for need in m["include"]))  # noqa: E731
+    taken, rows, tries = {content(m) for m in exclude}, [], 0
+    while len(rows) < n:
+        m = geneval_prompt(TASKS[len(rows) % len(TASKS)], rng)
+        tries += 1
+        if content(m) not in taken:
+            rows.append(m)
+            tries = 0
+        elif tries == 10_000:
+            raise UserError(f"--exclude leaves no {m['tag']} prompt to draw: take a smaller file")
+    return rows
+
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+OPENINGS = ("a picture of", "an image of", "a photograph of", "a snapshot of", "a shot of", "a photograph showing")
+PLURALS = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
+PLURALS |= {"skis": "pairs of skis", "scissors": "pairs of scissors"}
+
+
+def geneval_prompt(tag, rng):
+    """One random prompt of a task type as GenEval metadata."""
+    pick = lambda values, k=1: [values[i] for i in rng.choice(len(values), k, replace=False)]  # noqa: E731
+    (a, b), (c, d) = pick(COCO, 2), pick(COLORS, 2)
+    one = lambda name, color="": with_article(f"{color} {name}".strip())  # noqa: E731
+    m = {"tag": tag, "include": [{"class": a, "count": 1}]}
+    if tag == "single_object":
+        text = one(a)
+    elif tag == "two_object":
+        m["include"].append({"class": b, "count": 1})
+        text = f"{one(a)} and {one(b)}"
+    elif tag == "counting":
+        count = int(rng.integers(2, 5))
+        m = {"tag": tag, "include": [{"class": a, "count": count}], "exclude": [{"class": a, "count": count + 1}]}
+        plural = PLURALS.get(a, a + ("es" if a.endswith(("s", "ch", "sh")) else "s"))
+        text = f"{NUMBERS[count]} {plural}"
+    elif tag == "colors":
+        m["include"][0]["color"] = c
+        text = one(a, c)
+    elif tag == "position":
+        relation = pick(("left of", "right of", "above", "below"))[0]
+        m["include"].append({"class": b, "count": 1, "position": [relation, 0]})  # the reference object comes first
+        text = f"{one(b)} {relation} {one(a)}"
+    else:
+        m["include"][0]["color"] = c
+        m["include"].append({"class": b, "count": 1, "color": d})
+        text = f"{one(a, c)} and {one(b, d)}"
+    return m | {"prompt": f"{pick(OPENINGS)[0]} {text}"}
+
+
+def with_article(name):
+    pair = "a pair of " if name.endswith(("skis", "scissors")) else ""
+    return pair + name if pair else ("an " if name[0] in "aeiou" else "a ") + name
+
+
+def main(args):
+    exclude = [m for _, m in read_prompts(args.exclude)] if args.exclude else []
+    rows = geneval_prompts(args.n, args.seed, exclude)
+    args.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{len(rows)} prompts in {args.file}, for example: {', '.join(row['prompt'] for row in rows[:6])}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write GenEval-style training prompts.", allow_abbrev=False)
+    parser.add_argument("file", type=Path, help="the .jsonl to write")
+    parser.add_argument("--n", type=int, default=50_000, help="prompts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--exclude", type=Path, help="GenEval .jsonl whose content must not come, in whatever words")
+    models.run(main, parser.parse_args())

@@ -16,7 +16,7 @@ leash is stage 1's L_G; the reward's gradient has two parts, because the last of
 Stage 1's adapters stay, frozen, under fresh ones: generator = [distilled, rl], fake score = [fake, fake_rl].
 
     python rtdmd.py --distilled out/classroom/acdmd/final                the classroom, minutes on a laptop CPU
-    torchrun --nproc_per_node=8 rtdmd.py --model sd35 --distilled DIR --prompts FILE --rewards clipscore=1
+    torchrun --nproc_per_node=8 rtdmd.py --model sd35 --distilled DIR --prompts FILE --rewards clipscore=1,geneval=1
 
 Writes to --out: args.json, log.jsonl, samples/, step_NNNNNN/ and final/ with the adapters rl, rl_ema and fake_rl.
 `sample.py --lora DIR/generator_ema --lora OUT/final/rl_ema` shows the result.
@@ -77,6 +77,8 @@ def parse_args(argv=None):
     add("--prompts", type=Path, help=".jsonl with GenEval metadata (or .txt); the classroom makes its own")
     add("--rewards", default=PUBLISHED, help="name=weight,...; the differentiable ones also back-propagate")
     add("--reward_dir", type=Path, help="folder with reward weights that are not taken from the hub")
+    add("--reward_batch_size", type=int, help="images a scorer takes at once (default: --batch_size)")
+    add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
     add("--out", type=Path, default=Path("out/rtdmd"), help="run folder")
     add("--resume", type=Path, help="run folder or step_NNNNNN folder to go on from")
     add("--seed", type=int, default=0, help="covers prompts, noise, chosen steps and the adapters' initial weights")
@@ -323,8 +325,9 @@ def main(args):
     # the classroom's own prompts lean towards the tasks that stage 1 leaves weak
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**WEAK_TASKS)
     rewards.check_prompts(pairs, args.rewards)
+    size = args.reward_batch_size or args.batch_size
+    scorers = rewards.load_scorers(args.rewards, device, args.reward_dir, size, args.offload_rewards)
     backbone = models.load(args.model, args.weights, device, getattr(torch, args.dtype), args.resolution)
-    scorers = rewards.load_scorers(args.rewards, device, args.reward_dir)
     transformer = backbone.transformer
     backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake", "fake_rl"), "ema": ("distilled", "rl_ema")}
     models.load_adapter(transformer, "distilled", args.distilled / "generator_ema")

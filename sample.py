@@ -5,8 +5,12 @@
     python sample.py --lora .../acdmd/final/generator_ema --lora .../rtdmd/final/rl_ema --eval clipscore=1,geneval=1
     python sample.py --steps 28                                                                    guided teacher
 
+    torchrun --nproc_per_node=8 sample.py --model sd35 --lora ... --prompts drawbench.txt --reward_dir weights \
+        --eval pickscore,hpsv2,aesthetic,imagereward,geneval,ocr --eval_prompts geneval=geneval.jsonl,ocr=ocr.txt
+
 --steps 4 walks the few-step schedule with CPS; any other number is the pipeline's own schedule, Euler and guided.
 Writes to --out: 00000.png, ... , grid.png and metadata.json (settings, prompts and, with --eval, every score).
+Several processes share the batches; pictures and scores are those of one process.
 """
 
 import argparse
@@ -36,14 +40,17 @@ def parse_args(argv=None):
     add("--eta", type=float, help="CPS stochasticity (default 0.9 at 4 steps, else 0)")
     add("--guidance_scale", type=float, help="default 1 at 4 steps, else the teacher's")
     add("--eval", help="rewards to report, name=weight,...: for example clipscore=1,geneval=1")
+    add("--eval_prompts", help="prompt files of single rewards, name=FILE,...; the others see --prompts")
     add("--reward_dir", type=Path, help="folder with reward weights that are not taken from the hub")
+    add("--reward_batch_size", type=int, help="images a scorer takes at once (default: --batch_size)")
+    add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
     add("--out", type=Path, default=Path("out/samples"), help="folder for pictures and metadata.json")
     add("--seed", type=int, default=0, help="image i depends on (seed, i) alone, not on the batch")
     add("--batch_size", type=int, default=50, help="images at once")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = p.parse_args(argv)
     few = args.steps == len(models.FEW_STEPS)
-    for name in ("n", "batch_size", "resolution"):
+    for name in ("n", "batch_size", "resolution", "reward_batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.steps < 1:
@@ -62,20 +69,35 @@ def parse_args(argv=None):
         args.reward_dir = models.CLASSROOM
     try:
         args.eval = rewards.parse_weights(args.eval) if args.eval else {}
+        args.eval_prompts = parse_files(args.eval_prompts, args.eval)
     except models.UserError as error:
         p.error(str(error))
     return args
 
 
-def generate(backbone, prompts, sigmas, eta=0.9, guidance_scale=1.0, seed=0, batch_size=50, role="generator"):
-    """Images [N, 3, H, W] in [0, 1] on the CPU; image i depends on (seed, i) and its prompt alone."""
+def parse_files(text, columns):
+    """ "geneval=a.jsonl,ocr=b.txt" -> {"geneval": Path("a.jsonl"), ...}; each name must be asked for in --eval."""
+    files = {}
+    for item in text.split(",") if text else []:
+        name, _, file = item.strip().partition("=")
+        if name not in columns or not file:
+            asked = ", ".join(columns) or "nothing"
+            raise models.UserError(f"--eval_prompts {item}: write name=FILE for a reward of --eval ({asked})")
+        files[name] = Path(file)
+    return files
+
+
+def generate(
+    backbone, prompts, sigmas, eta=0.9, guidance_scale=1.0, seed=0, batch_size=50, role="generator", indices=None
+):
+    """Images [N, 3, H, W] in [0, 1] on the CPU; image i depends on (seed, indices[i] or i) and its prompt alone."""
+    indices = range(len(prompts)) if indices is None else indices
     images = []
     for b in tqdm(range(0, len(prompts), batch_size), "images", unit="batch", leave=False):
         part = slice(b, b + batch_size)
-        indices = range(len(prompts))[part]
-        latents = models.sample_latents(backbone, prompts[part], sigmas, eta, guidance_scale, seed, indices, role)
+        latents = models.sample_latents(backbone, prompts[part], sigmas, eta, guidance_scale, seed, indices[part], role)
         with torch.no_grad():
-            images.append(backbone.decode(latents).cpu())
+            images.append(backbone.decode(latents).float().cpu())
     return torch.cat(images)
 
 
@@ -86,77 +108,111 @@ def bootstrap_error(values, n=1000, seed=0):
     return float(values[picks].mean(1).std())
 
 
-def summarize(scores, weights, metadata):
-    """Mean, standard error and per-task means of every column, and the weighted mean of the columns."""
-    tags = [m.get("tag") for m in metadata]
+def summarize(entries, weights):
+    """Mean, standard error and per-task means of every column over the entries that have it, and the weighted mean."""
     table = {}
-    for name, values in scores.items():
-        values = np.asarray(values)
+    for name in weights:
+        rows = [(e["scores"][name], e.get("tag")) for e in entries if name in e["scores"]]
+        values, tags = np.array([value for value, _ in rows]), [tag for _, tag in rows]
         tasks = {t: float(values[[x == t for x in tags]].mean()) for t in dict.fromkeys(tags) if t}
-        table[name] = {"mean": float(values.mean()), "error": bootstrap_error(values), "tasks": tasks}
-    total = sum(weights.values())
-    weighted = sum(w * table[name]["mean"] for name, w in weights.items()) / total if total else None
-    return {"rewards": table, "weighted_mean": weighted}
+        table[name] = {"mean": float(values.mean()), "error": bootstrap_error(values), "n": len(values), "tasks": tasks}
+    weighted = sum(w * rewards.SCALE.get(name, 1) * table[name]["mean"] for name, w in weights.items())
+    return {"rewards": table, "weighted_mean": weighted / sum(weights.values())}
 
 
 def report(summary):
     """The summary as an aligned text table."""
-    tasks = list(next(iter(summary["rewards"].values()))["tasks"])
-    head = f"{'reward':16}{'mean':>8}{'+-':>7}" + "".join(f"{t:>15}" for t in tasks)
-    lines = [head]
+    tasks = list(dict.fromkeys(t for row in summary["rewards"].values() for t in row["tasks"]))
+    lines = [f"{'reward':16}{'n':>6}{'mean':>9}{'+-':>7}" + "".join(f"{t:>15}" for t in tasks)]
     for name, row in summary["rewards"].items():
-        cells = "".join(f"{row['tasks'][t]:15.3f}" for t in tasks)
-        lines.append(f"{name:16}{row['mean']:8.3f}{row['error']:7.3f}{cells}")
-    return "\n".join([*lines, f"{'weighted mean':16}{summary['weighted_mean']:8.3f}"])
+        cells = "".join(f"{row['tasks'][t]:15.3f}" if t in row["tasks"] else " " * 15 for t in tasks)
+        lines.append(f"{name:16}{row['n']:6}{row['mean']:9.3f}{row['error']:7.3f}{cells}")
+    return "\n".join([*lines, f"{'weighted mean':22}{summary['weighted_mean']:9.3f}"])
+
+
+def prompt_sets(args):
+    """[(pairs of prompt and metadata, columns to score on them)]: --prompts, then each file of --eval_prompts."""
+    weights = dict(args.eval)  # a model's further columns are reported beside the one asked for, without weight
+    for name in args.eval:
+        weights |= {column: weights.get(column, 0.0) for column in rewards.SCORERS[name].columns}
+    routed = {column: file for name, file in args.eval_prompts.items() for column in rewards.SCORERS[name].columns}
+    rest = [column for column in weights if column not in routed]
+    sets = []
+    if args.prompt:
+        sets.append(([(prompt, {"prompt": prompt}) for prompt in args.prompt], rest))
+    elif args.prompts:
+        sets.append((rewards.read_prompts(args.prompts)[: args.n], rest))
+    elif rest or not weights:
+        from classroom.shapes import sample_prompts
+
+        sets.append(([(m["prompt"], m) for m in sample_prompts(args.n or 48, args.seed, "heldout")], rest))
+    for file in dict.fromkeys(routed.values()):
+        columns = [column for column in weights if routed.get(column) == file]
+        sets.append((rewards.read_prompts(file)[: args.n], columns))
+    for pairs, columns in sets:
+        rewards.check_prompts(pairs, columns)
+    return sets, weights
 
 
 def main(args):
-    _, _, device = models.setup_distributed(args.device)
-    if args.prompt:
-        pairs = [(prompt, {"prompt": prompt}) for prompt in args.prompt]
-    elif args.prompts:
-        pairs = rewards.read_prompts(args.prompts)[: args.n]
-    else:
-        from classroom.shapes import sample_prompts
-
-        pairs = [(m["prompt"], m) for m in sample_prompts(args.n or 48, args.seed, "heldout")]
-    rewards.check_prompts(pairs, args.eval)
-    prompts, metadata = [prompt for prompt, _ in pairs], [m for _, m in pairs]
+    rank, world_size, device = models.setup_distributed(args.device)
+    sets, weights = prompt_sets(args)
+    scorers = None
+    if weights:
+        size = args.reward_batch_size or args.batch_size
+        scorers = rewards.load_scorers(weights, device, args.reward_dir, size, args.offload_rewards)
     dtype = torch.bfloat16 if device.type == "cuda" and args.model != "classroom" else torch.float32
     backbone = models.load(args.model, args.weights, device, dtype, args.resolution)
     for i, folder in enumerate(args.lora):
         models.load_adapter(backbone.transformer, f"lora_{i}", folder)
     backbone.roles["generator"] = tuple(f"lora_{i}" for i in range(len(args.lora)))
     sigmas = backbone.sigmas(models.FEW_STEPS if args.steps == len(models.FEW_STEPS) else args.steps)
-    start = time.perf_counter()
-    images = generate(backbone, prompts, sigmas, args.eta, args.guidance_scale, args.seed, args.batch_size)
-    ms = 1000 * (time.perf_counter() - start) / len(prompts)
 
+    # batches hold prompts of one set, and are dealt to the processes whole: the arithmetic does not depend on how many
+    batches, start = [], 0
+    for pairs, columns in sets:
+        for b in range(0, len(pairs), args.batch_size):
+            part = pairs[b : b + args.batch_size]
+            batches.append((range(start + b, start + b + len(part)), part, columns))
+        start += len(pairs)
     args.out.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        models.save_grid(image[None], args.out / f"{i:05d}.png", 1, gap=0)
-    columns = min(8, len(images))
-    models.save_grid(images[: columns * 8], args.out / "grid.png", columns)
-    settings = {
-        key: str(v) if isinstance(v, Path) else [str(x) for x in v] if key == "lora" else v
-        for key, v in vars(args).items()
-    }
-    result = {"settings": settings, "nfe": (len(sigmas) - 1) * (1 + (args.guidance_scale > 1)), "ms_per_image": ms}
-    entries = [dict(m) for m in metadata]
-    if args.eval:
-        weights = dict(args.eval)
-        if "geneval" in weights:
-            weights.setdefault("geneval_strict", 0.0)  # reported beside the graded score, without weight
-        scorers = rewards.load_scorers(weights, device, args.reward_dir)
-        parts = [slice(b, b + args.batch_size) for b in range(0, len(prompts), args.batch_size)]
-        rows = [scorers.score(images[part], prompts[part], metadata[part]) for part in parts]
-        scores = {name: torch.cat([r[name] for r in rows]).tolist() for name in weights}
-        result |= summarize(scores, weights, metadata)
-        for i, entry in enumerate(entries):
-            entry["scores"] = {name: values[i] for name, values in scores.items()}
+    entries, shown, seconds = {}, {}, 0.0
+    for indices, pairs, columns in tqdm(batches[rank::world_size], "images", unit="batch", disable=rank > 0):
+        prompts, metadata = [prompt for prompt, _ in pairs], [m for _, m in pairs]
+        begin = time.perf_counter()
+        options = dict(batch_size=len(prompts), indices=indices)
+        images = generate(backbone, prompts, sigmas, args.eta, args.guidance_scale, args.seed, **options)
+        seconds += time.perf_counter() - begin
+        scores = scorers.score(images, prompts, metadata, columns) if columns else {}
+        for j, i in enumerate(indices):
+            models.save_grid(images[j][None], args.out / f"{i:05d}.png", 1, gap=0)
+            entries[i] = {**metadata[j], "scores": {name: values[j].item() for name, values in scores.items()}}
+            if i < 64:
+                shown[i] = images[j]
+    parts = models.gather([(entries, shown, seconds)], world_size)
+    if rank > 0:
+        return
+    entries = {i: entry for part, _, _ in parts for i, entry in part.items()}
+    entries = [entries[i] for i in sorted(entries)]
+    shown = {i: image for _, part, _ in parts for i, image in part.items()}
+    models.save_grid(torch.stack([shown[i] for i in sorted(shown)]), args.out / "grid.png", min(8, len(shown)))
+    ms = 1000 * sum(seconds for _, _, seconds in parts) / len(entries)
+    result = {"settings": {key: plain(value) for key, value in vars(args).items()}, "ms_per_image": ms}
+    result["nfe"] = (len(sigmas) - 1) * (1 + (args.guidance_scale > 1))
+    if weights:
+        result |= summarize(entries, weights)
         print(report(result))
     (args.out / "metadata.json").write_text(json.dumps({**result, "images": entries}, indent=1) + "\n")
-    print(f"{len(images)} images, {result['nfe']} NFE, {ms:.0f} ms an image: {args.out}/grid.png, metadata.json")
+    print(f"{len(entries)} images, {result['nfe']} NFE, {ms:.0f} ms an image: {args.out}/grid.png, metadata.json")
+
+
+def plain(value):
+    """A setting as JSON holds it."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ def test_two_processes_equal_one(distilled, tmp_path):
 
 
 def close_adapters(a, b):
-    """Equal up to rounding. Adam divides a gradient by its own size, so one of rounding size may step anywhere (measured:
-    2 of 512 entries of one tensor); its first moments, the gradients, must agree to 5e-5 of the largest."""
+    """Equal up to rounding. Adam divides a gradient by its own size, so one of rounding size may step anywhere
+    (measured: 2 of 512 entries of one tensor); its first moments must agree to 5e-5 of the largest."""
     files = list(a.glob("*/*.safetensors"))
     assert len(files) == 3
     for file in files:
@@ -220,7 +220,7 @@ BAD = {  # command -> what the one line on standard error must say
     "acdmd.py --weights {tmp}/nowhere": "no weights at",
     "acdmd.py --resume {tmp}": "no checkpoint there",
     "rtdmd.py --distilled {tmp}": "has no generator_ema: run acdmd.py first",
-    "rtdmd.py --distilled {acdmd} --rewards clipscore=1,beauty=1": "unknown reward 'beauty'; allowed: clipscore",
+    "rtdmd.py --distilled {acdmd} --rewards clipscore=1,beauty=1": "unknown reward 'beauty'; allowed: pickscore, hpsv2, hpsv3, clipscore",
     "rtdmd.py --distilled {acdmd} --rewards clipscore=much": "weight 'much' of reward clipscore is no number",
     "rtdmd.py --distilled {acdmd} --group_size 7": "do not split into groups of 7: try --group_size 6",
     "rtdmd.py --distilled {acdmd} --prompts {tmp}/plain.txt": 'has no "tag" and "include", which geneval needs',
@@ -229,7 +229,7 @@ BAD = {  # command -> what the one line on standard error must say
     "sample.py --eval clipscore=0": "add up to 0.0: it must be above 0",
     "sample.py --batch_size 0": "--batch_size 0: must be at least 1",
     "rtdmd.py --distilled {acdmd} --eta 0": "the policy gradient needs noise",
-    "rtdmd.py --distilled {acdmd} --reward_dir {tmp}": "geneval has the classroom's detector only",
+    "rtdmd.py --distilled {acdmd} --reward_dir {tmp}": "cannot open",
     "sample.py --lora {tmp}/nowhere": "no adapter at",
     "sample.py --prompt a --prompts b.txt": "give --prompt or --prompts, not both",
     "sample.py --steps 0": "--steps 0: must be at least 1",
@@ -259,6 +259,6 @@ def test_bad_input(command, distilled, tmp_path, monkeypatch, capsys):
 
 def test_a_scorer_that_returns_nan_stops_the_run():
     scorers = rewards.load_scorers({"clipscore": 1.0}, "cpu", models.CLASSROOM)
-    scorers.scorers[0].text_embeds["a"] = torch.full((64,), float("nan"))
+    scorers.scorers[0].clip.cache["a"] = torch.full((64,), float("nan"))
     with pytest.raises(ValueError, match="clipscore returned a score that is not finite"):
         scorers.score(torch.rand(1, 3, 64, 64), ["a"])

@@ -1,0 +1,231 @@
+"""A --reward_dir of small random models in the layouts in which the nine scorers' checkpoints are published."""
+
+import json
+import shutil
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    Mask2FormerConfig,
+    PPOCRV5MobileDetConfig,
+    PPOCRV5MobileDetForObjectDetection,
+    PPOCRV5MobileRecConfig,
+    PPOCRV5MobileRecForTextRecognition,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SwinConfig,
+)
+
+import models
+import rewards
+
+CLIP_CONFIG = dict(
+    projection_dim=24,
+    vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    | dict(patch_size=8, image_size=32, hidden_act="gelu"),
+    text_config=dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    | dict(max_position_embeddings=20, hidden_act="gelu"),
+)
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=8)
+VISION |= dict(image_size=32, layer_norm_eps=1e-6)
+TEXT = dict(vocab_size=64, hidden_size=48, encoder_hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+TEXT |= dict(num_attention_heads=2, max_position_embeddings=40, layer_norm_eps=1e-12)
+
+
+def shrink(setattr=setattr):
+    """Make the architectures that are constants in rewards.py as small as the files written here."""
+    setattr(rewards.HPSv2, "CONFIG", clip_config())
+    setattr(rewards.ImageReward, "VISION", VISION)
+    setattr(rewards.ImageReward, "TEXT", TEXT)
+
+
+def clip_config():
+    tokenizer = AutoTokenizer.from_pretrained(models.CLASSROOM / "clip")
+    ids = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    ids |= dict(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return CLIP_CONFIG | {"text_config": CLIP_CONFIG["text_config"] | ids}
+
+
+def normal(*shape, scale=0.2):
+    return torch.randn(shape) * scale
+
+
+def write_all(folder):
+    """One folder a name in rewards.SOURCES."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shutil.copytree(models.CLASSROOM / "clip", folder / "clip")
+        loud(CLIPModel(CLIPConfig(**clip_config()))).save_pretrained(folder / "pickscore")
+        AutoTokenizer.from_pretrained(folder / "clip").save_pretrained(folder / "pickscore")
+        for name, state in (
+            ("hpsv2/HPS_v2.1_compressed.pt", {"state_dict": open_clip_state()}),
+            ("aesthetic/sac+logos+ava1-l14-linearMSE.pth", head_state("layers.", (64, 16, 12, 8, 4, 1))),
+            ("imagereward/ImageReward.pt", imagereward_state()),
+        ):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, folder / name)
+        (folder / "bert").mkdir()
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters)]
+        (folder / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
+        (folder / "bert" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+        write_qwen(folder)
+        write_ocr(folder)
+        write_mask2former(folder / "mask2former")
+    return folder
+
+
+def loud(model):
+    """Random weights large enough that no path through the network is lost in rounding."""
+    for name, p in model.named_parameters():
+        if "norm" not in name and p.ndim:
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def head_state(prefix, widths, indices=(0, 2, 4, 6, 7)):
+    state = {}
+    for i, a, b in zip(indices, widths, widths[1:], strict=False):
+        state |= {f"{prefix}{i}.weight": normal(b, a), f"{prefix}{i}.bias": normal(b)}
+    return state
+
+
+def open_clip_state():
+    """open_clip's keys and shapes for CLIP_CONFIG."""
+    config = clip_config()
+    state = {"logit_scale": torch.tensor(2.0)}
+    for prefix, c in (("visual.", config["vision_config"]), ("", config["text_config"])):
+        d, hidden = c["hidden_size"], c["intermediate_size"]
+        for i in range(c["num_hidden_layers"]):
+            block = f"{prefix}transformer.resblocks.{i}."
+            state |= {block + "attn.in_proj_weight": normal(3 * d, d), block + "attn.in_proj_bias": normal(3 * d)}
+            state |= linear(block + "attn.out_proj", d, d) | linear(block + "mlp.c_fc", hidden, d)
+            state |= linear(block + "mlp.c_proj", d, hidden) | norm(block + "ln_1", d) | norm(block + "ln_2", d)
+    d, patch = config["vision_config"]["hidden_size"], config["vision_config"]["patch_size"]
+    tokens = (config["vision_config"]["image_size"] // patch) ** 2 + 1
+    state |= {"visual.class_embedding": normal(d), "visual.positional_embedding": normal(tokens, d)}
+    state |= {"visual.conv1.weight": normal(d, 3, patch, patch), "visual.proj": normal(d, config["projection_dim"])}
+    state |= norm("visual.ln_pre", d) | norm("visual.ln_post", d)
+    c = config["text_config"]
+    d = c["hidden_size"]
+    state |= {"token_embedding.weight": normal(c["vocab_size"], d), "text_projection": normal(d, 24)}
+    state |= {"positional_embedding": normal(c["max_position_embeddings"], d)} | norm("ln_final", d)
+    return state
+
+
+def imagereward_state():
+    """ImageReward.pt's keys and shapes for VISION and TEXT."""
+    d, hidden, state = VISION["hidden_size"], VISION["intermediate_size"], {}
+    vision = "blip.visual_encoder."
+    state |= {vision + "cls_token": normal(1, 1, d), vision + "pos_embed": normal(1, 17, d)}
+    state |= {vision + "patch_embed.proj.weight": normal(d, 3, 8, 8), vision + "patch_embed.proj.bias": normal(d)}
+    for i in range(VISION["num_hidden_layers"]):
+        block = f"{vision}blocks.{i}."
+        state |= norm(block + "norm1", d) | norm(block + "norm2", d) | linear(block + "attn.qkv", 3 * d, d)
+        state |= linear(block + "attn.proj", d, d) | linear(block + "mlp.fc1", hidden, d)
+        state |= linear(block + "mlp.fc2", d, hidden)
+    state |= norm(vision + "norm", d)
+    text, e = "blip.text_encoder.", TEXT["hidden_size"]
+    names = ("word_embeddings", TEXT["vocab_size"]), ("position_embeddings", TEXT["max_position_embeddings"])
+    state |= {f"{text}embeddings.{name}.weight": normal(n, e) for name, n in names}
+    state |= norm(text + "embeddings.LayerNorm", e)
+    state[text + "embeddings.position_ids"] = torch.arange(TEXT["max_position_embeddings"])[None]
+    for i in range(TEXT["num_hidden_layers"]):
+        layer = f"{text}encoder.layer.{i}."
+        for kind, width in (("attention", e), ("crossattention", d)):
+            state |= linear(f"{layer}{kind}.self.query", e, e) | linear(f"{layer}{kind}.output.dense", e, e)
+            state |= linear(f"{layer}{kind}.self.key", e, width) | linear(f"{layer}{kind}.self.value", e, width)
+            state |= norm(f"{layer}{kind}.output.LayerNorm", e)
+        state |= linear(layer + "intermediate.dense", TEXT["intermediate_size"], e)
+        state |= linear(layer + "output.dense", e, TEXT["intermediate_size"]) | norm(layer + "output.LayerNorm", e)
+    state |= linear("blip.vision_proj", 16, d) | linear("blip.text_proj", 16, e)
+    return state | head_state("mlp.layers.", (e, 16, 12, 8, 4, 1))
+
+
+def linear(name, rows, columns):
+    return {f"{name}.weight": normal(rows, columns), f"{name}.bias": normal(rows)}
+
+
+def norm(name, width):
+    return {f"{name}.weight": 1 + normal(width), f"{name}.bias": normal(width)}
+
+
+def qwen_tokenizer():
+    """Every byte a token, and the special tokens of Qwen-VL's chats."""
+    from tokenizers import pre_tokenizers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    return tokenizer
+
+
+def write_qwen(folder):
+    tokenizer = qwen_tokenizer()
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "vision_start", "vision_end")}
+    common = dict(image_token_id=ids["image_pad"], video_token_id=len(tokenizer) + 5)
+    common |= dict(vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
+    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    text |= dict(num_key_value_heads=1, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
+    vision = dict(depth=2, embed_dim=32, num_heads=2, mlp_ratio=2, hidden_size=32)
+    config = Qwen2VLConfig(
+        text_config=text | dict(vocab_size=400, rope_parameters=rope), vision_config=vision, **common
+    )
+    config.save_pretrained(folder / "qwen2vl")
+    tokenizer.save_pretrained(folder / "qwen2vl")
+    config.text_config.vocab_size = len(tokenizer) + 1  # the table ends with <|Reward|>
+    model = loud(Qwen2VLForConditionalGeneration(config))
+    state = {}
+    for key, value in model.state_dict().items():  # the published naming
+        key = key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+        state[key] = value.clone().contiguous()
+    (folder / "hpsv3").mkdir()
+    state |= head_state("rm_head.", (32, 16, 8, 2), (0, 3, 5))
+    save_file(state, folder / "hpsv3" / "HPSv3.safetensors")
+
+    vision = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, patch_size=16)
+    vision |= dict(deepstack_visual_indexes=[0, 1], num_position_embeddings=64)
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True)
+    text |= dict(vocab_size=len(tokenizer), rope_parameters=rope, head_dim=16)
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **common)
+    loud(Qwen3VLForConditionalGeneration(config)).save_pretrained(folder / "qwen3vl")
+    tokenizer.save_pretrained(folder / "qwen3vl")
+
+
+def write_ocr(folder):
+    detector = PPOCRV5MobileDetForObjectDetection(PPOCRV5MobileDetConfig())
+    detector.save_pretrained(folder / "ocr_det")
+    blocks = [
+        [[3, 16, 32, 1, False]],
+        [[3, 32, 64, 1, False], [3, 64, 64, 1, False]],
+        [[3, 64, 128, [2, 1], False], [3, 128, 128, 1, False]],
+        [[3, 128, 256, [1, 2], False], [5, 256, 256, 1, False]],
+        [[5, 256, 512, [2, 1], True], [5, 512, 512, 1, True], [5, 512, 512, [2, 1], False], [5, 512, 512, 1, False]],
+    ]
+    backbone = dict(model_type="pp_lcnet_v3", scale=0.95, block_configs=blocks, out_features=["stage5"])
+    characters = ["blank", *"0123456789abcdefghijklmnopqrstuvwxyz", " "]
+    config = PPOCRV5MobileRecConfig(backbone_config=backbone, head_out_channels=len(characters))
+    PPOCRV5MobileRecForTextRecognition(config).save_pretrained(folder / "ocr_rec")
+    (folder / "ocr_rec" / "preprocessor_config.json").write_text(json.dumps({"character_list": characters}))
+
+
+def write_mask2former(folder):
+    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4)
+    swin.out_features = ["stage1", "stage2", "stage3", "stage4"]
+    small = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, encoder_layers=1)
+    small |= dict(decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=100)
+    config = Mask2FormerConfig(backbone_config=swin, num_labels=80, **small)
+    model = rewards.segmenter_class()(config)
+    state = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
+    state["criterion.empty_weight"] = torch.ones(81)  # of the training loss; the published file has it
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(folder)
