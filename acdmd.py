@@ -32,6 +32,9 @@ from models import cps_step, renoise, seeded, step_optimizer
 PRESETS = {  # published settings of each backbone; the classroom's were measured (README)
     "sd3": dict(lr=3e-5, lr_fake=3e-5),
     "sd35": dict(lr=3e-5, lr_fake=3e-5),
+    "flux1": dict(lr=3e-5, lr_fake=3e-5),
+    "flux2-4b": dict(lr=1e-6, lr_fake=1e-6),
+    "flux2-9b": dict(lr=1e-6, lr_fake=1e-6),
     "classroom": dict(
         guidance_scale=2.5,
         lr=1e-3,
@@ -55,6 +58,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--model", default="classroom", choices=PRESETS, help="backbone; picks the preset that other flags override")
     add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
+    add("--generator_weights", help="the same for the generator alone (FLUX.2: its step-distilled release)")
     add("--resolution", type=int, help="pixels a side (default: the backbone's)")
     add("--prompts", type=Path, help=".txt, .jsonl or .json; the classroom makes its own. Paper: Pick-a-Pic captions")
     add("--out", type=Path, default=Path("out/acdmd"), help="run folder")
@@ -210,19 +214,19 @@ def main(args):
     stop = models.StopSignal()
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts()
     prompts = [prompt for prompt, _ in pairs]
-    backbone = models.load(args.model, args.weights, device, getattr(torch, args.dtype), args.resolution)
-    transformer = backbone.transformer
+    dtype = getattr(torch, args.dtype)
+    backbone = models.load(args.model, args.weights, device, dtype, args.resolution, args.generator_weights)
     backbone.roles |= {"generator": ("generator",), "fake": ("fake",), "ema": ("generator_ema",)}
-    names = ("generator", "generator_ema", "fake")
+    home = {"generator": backbone.student, "generator_ema": backbone.student, "fake": backbone.transformer}
     start, state = 0, None
     if args.resume:
-        state = models.load_checkpoint(args.resume, transformer, names)
+        state = models.load_checkpoint(args.resume, home)
         start = state["step"]
     else:
-        for name in names:
+        for name, network in home.items():
             init = seeded(args.seed, "init", name.removesuffix("_ema"))
-            models.add_adapter(transformer, name, args.rank, 2 * args.rank, generator=init, trainable="ema" not in name)
-    generator, average, fake = (models.adapter_parameters(transformer, name) for name in names)
+            models.add_adapter(network, name, args.rank, 2 * args.rank, generator=init, trainable="ema" not in name)
+    generator, average, fake = (models.adapter_parameters(network, name) for name, network in home.items())
     optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
     optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=device.type == "cuda")
     ema = models.EMA(generator, average, args.ema_decay)
@@ -230,14 +234,15 @@ def main(args):
         optimizer.load_state_dict(state["optimizer"])
         optimizer_fake.load_state_dict(state["optimizer_fake"])
     if args.checkpointing:
-        models.enable_checkpointing(transformer)
+        for network in backbone.networks():
+            models.enable_checkpointing(network)
 
     sigmas = backbone.sigmas(models.FEW_STEPS)
     uncond = backbone.encode([""])
     batch = args.batch_size * world_size
     indices = range(rank * args.batch_size, (rank + 1) * args.batch_size)  # samples are numbered over all ranks
     say = print if rank == 0 else lambda *_: None
-    total = sum(p.numel() for p in transformer.parameters())
+    total = sum(p.numel() for network in backbone.networks() for p in network.parameters())
     say(f"{args.model} on {device}: {total / 1e6:.2f} M parameters with all adapters")
     say(f"{sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
     say(
@@ -251,7 +256,7 @@ def main(args):
         if rank == 0:
             state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
             state["window"] = {name: [float(v) for v in values] for name, values in window.items()}
-            models.save_checkpoint(args.out, step, transformer, names, state, args, final=final)
+            models.save_checkpoint(args.out, step, home, state, args, final=final)
 
     def batch_for(step, use):
         """Text embeddings of this rank's prompts and the shared k. Fake score and generator draw their own."""

@@ -283,23 +283,47 @@ def enable_checkpointing(transformer):
 
 CLASSROOM = Path(__file__).resolve().parent / "classroom"
 FEW_STEPS = (1000, 750, 500, 250)  # raw timesteps of the four-step schedule, before the backbone's shift
-BACKBONES = {  # facts of a backbone: weights, pixels a side, T5 tokens, guidance; the rest stands in a stage's PRESETS
-    "classroom": dict(repo=str(CLASSROOM / "teacher"), resolution=64, text_tokens=2, guidance=3.0),  # its T5 is silent
-    "sd3": dict(repo="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, text_tokens=128, guidance=7.0),
-    "sd35": dict(repo="stabilityai/stable-diffusion-3.5-medium", resolution=512, text_tokens=128, guidance=4.5),
+BACKBONES = {  # facts: weights, pixels a side, text tokens (T5's or Qwen's), guidance; the rest is in a stage's PRESETS
+    "classroom": dict(
+        family="sd3", repo=str(CLASSROOM / "teacher"), resolution=64, text_tokens=2, guidance=3.0
+    ),  # its T5 is silent
+    "sd3": dict(
+        family="sd3",
+        repo="stabilityai/stable-diffusion-3-medium-diffusers",
+        resolution=1024,
+        text_tokens=128,
+        guidance=7.0,
+    ),
+    "sd35": dict(
+        family="sd3", repo="stabilityai/stable-diffusion-3.5-medium", resolution=512, text_tokens=128, guidance=4.5
+    ),
+    "flux1": dict(family="flux1", repo="black-forest-labs/FLUX.1-dev", resolution=512, text_tokens=512, guidance=3.5),
 }
-
-
-class SD3:
-    """SD3-M, SD3.5-M and the classroom: a StableDiffusion3Pipeline and its transformer, frozen, with adapters."""
-
-    family = "sd3"
-    lora_targets = tuple(
-        f"attn.{name}" for name in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+for size in ("4B", "9B"):  # the student starts from the step-distilled release
+    BACKBONES[f"flux2-{size.lower()}"] = dict(
+        family="flux2",
+        repo=f"black-forest-labs/FLUX.2-klein-base-{size}",
+        student=f"black-forest-labs/FLUX.2-klein-{size}",
+        resolution=512,
+        text_tokens=512,
+        guidance=4.0,
     )
+ATTENTION = tuple(f"attn.{n}" for n in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split())
+CACHE_BYTES = 4e9  # host memory for prompt embeddings
 
-    def __init__(self, pipe, resolution, text_tokens, device="cpu", dtype=torch.float32):
-        factor = pipe.vae_scale_factor * pipe.transformer.config.patch_size
+
+class Backbone:
+    """A diffusers pipeline, its transformer frozen and open to adapters. A subclass a family says what differs.
+
+    `transformer` serves the teacher and the fake score, `student` the generator's roles: one object, but for FLUX.2,
+    whose generator starts from weights of its own.
+    """
+
+    lora_targets = ATTENTION
+    embedded_guidance = False  # the guidance scale is an input of the network, not a second pass
+
+    def __init__(self, pipe, resolution, text_tokens, device="cpu", dtype=torch.float32, student=None):
+        factor = pipe.vae_scale_factor * self.patch(pipe)  # pixels a side of one token
         if resolution % factor:
             below = resolution - resolution % factor
             raise UserError(
@@ -307,98 +331,243 @@ class SD3:
             )
         self.pipe, self.device, self.dtype, self.text_tokens = pipe.to(device), torch.device(device), dtype, text_tokens
         self.transformer, self.vae, self.scheduler = pipe.transformer, pipe.vae.requires_grad_(False), pipe.scheduler
+        self.student = self.transformer if student is None else student.to(device)
         self.vae.to(memory_format=torch.channels_last)
-        side = resolution // pipe.vae_scale_factor
-        self.latent_shape = (self.transformer.config.in_channels, side, side)
-        prepare_for_lora(self.transformer, self.lora_targets)
+        self.image_tokens = (resolution // factor) ** 2
+        self.latent_shape = self.shape(resolution // pipe.vae_scale_factor)
+        for network in self.networks():
+            prepare_for_lora(network, self.lora_targets)
         self.roles = {"teacher": (), "generator": (), "fake": ()}  # role -> names of its adapters
-        self._embeddings = {}  # prompt -> its row of every embedding, on the CPU
+        self._embeddings = {}  # prompt -> {name: its row}, on the CPU
+
+    def networks(self):
+        """The different transformers: one, or FLUX.2's two."""
+        return [self.transformer] if self.student is self.transformer else [self.transformer, self.student]
+
+    def network(self, role):
+        """The transformer a role runs on, which also holds its adapters."""
+        return self.transformer if role in ("teacher", "fake") else self.student
 
     @torch.no_grad()
     def encode(self, prompts):
         """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
         # One at a time: rounding must not depend on the neighbours, or a resumed run would differ in the last digit.
         for prompt in dict.fromkeys(prompts):
-            if prompt in self._embeddings:
-                continue
-            embeds, _, pooled, _ = self.pipe.encode_prompt(
-                prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
-            )
-            self._embeddings[prompt] = (embeds[0].cpu(), pooled[0].cpu())
-        embeds, pooled = zip(*(self._embeddings[p] for p in prompts), strict=True)
-        while len(self._embeddings) > 2048:  # the oldest go: 2048 prompts of SD3 are 3 GB of host memory
+            if prompt not in self._embeddings:
+                embeds = self.encode_one(prompt)
+                self._embeddings[prompt] = {name: value[0].cpu() for name, value in embeds.items()}
+        rows = [self._embeddings[p] for p in prompts]
+        size = sum(value.nbytes for value in rows[0].values())
+        while len(self._embeddings) > max(2, CACHE_BYTES / size):  # the oldest go
             del self._embeddings[next(iter(self._embeddings))]
-        return {
-            "encoder_hidden_states": torch.stack(embeds).to(self.device),
-            "pooled_projections": torch.stack(pooled).to(self.device),
-        }
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def velocity(self, x, sigma, cond, guidance_scale=1.0, uncond=None, role="generator"):
         """v = noise - x0 as seen by a role, float32 [B, C, H, W]. sigma: float or [B] in [0, 1].
 
         guidance_scale > 1 runs unconditional and conditional as one batch of 2B: v = v_u + scale (v_c - v_u). `uncond`
-        is `encode([""])`, one row for all samples or one each.
+        is `encode([""])`, one row for all samples or one each. Where guidance is embedded, one pass is told the scale.
         """
-        x = x.float()
+        x, network = x.float(), self.network(role)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
-        guided = guidance_scale > 1
+        guided = self.passes(guidance_scale) == 2
         if guided:
             if uncond is None:
                 raise UserError('guidance_scale > 1 needs uncond: pass uncond=backbone.encode([""])')
             cond = {key: torch.cat([uncond[key].expand_as(cond[key]), cond[key]]) for key in cond}
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-        with adapters(self.transformer, *self.roles[role]), self.autocast():
-            kwargs = dict(hidden_states=x.to(self.dtype), timestep=1000 * sigma, **cond)
-            v = self.transformer(**kwargs, return_dict=False)[0].float()
+        with adapters(network, *self.roles[role]), self.autocast():
+            v = self.predict(network, x, sigma, cond, guidance_scale).float()
         if guided:
             v_uncond, v_cond = v.chunk(2)
             v = v_uncond + guidance_scale * (v_cond - v_uncond)
         return v
 
+    def passes(self, guidance_scale):
+        """Network evaluations of one guided velocity."""
+        return 1 if self.embedded_guidance or guidance_scale <= 1 else 2
+
     def decode(self, latents):
-        """Images [B, 3, H, W] in [0, 1], float32, differentiable in the latents."""
-        z = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        """Images [B, 3, H, W] in [0, 1], float32, differentiable in the latents [B, C, H, W]."""
+        z = self.vae_latents(latents)
         return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def vae_latents(self, latents):
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
 
     def sigmas(self, steps=FEW_STEPS):
         """Noise levels ending in 0.0: of few raw timesteps, or of the pipeline's own schedule of `steps` steps."""
         if isinstance(steps, int):
-            self.scheduler.set_timesteps(steps)
+            self.set_timesteps(steps)
             return self.scheduler.sigmas.tolist()
-        return few_step_sigmas(self.scheduler, steps, family=self.family)
+        return few_step_sigmas(self.scheduler, steps, self.image_tokens, self.family)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def load(model, weights=None, device="cpu", dtype=torch.float32, resolution=None):
-    """A backbone by name. weights: a diffusers pipeline folder or hub id in place of the published one."""
+class SD3(Backbone):
+    """SD3-M, SD3.5-M and the classroom: StableDiffusion3Pipeline. Latents [16, side / 8, side / 8]."""
+
+    family = "sd3"
+    pipeline, network_class = "StableDiffusion3Pipeline", "SD3Transformer2DModel"
+
+    @staticmethod
+    def patch(pipe):
+        return pipe.transformer.config.patch_size
+
+    def shape(self, side):
+        return (self.transformer.config.in_channels, side, side)
+
+    def encode_one(self, prompt):
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
+        )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def predict(self, network, x, sigma, cond, guidance_scale):
+        kwargs = dict(hidden_states=x.to(self.dtype), timestep=1000 * sigma, **cond)
+        return network(**kwargs, return_dict=False)[0]
+
+    def set_timesteps(self, steps):
+        self.scheduler.set_timesteps(steps)
+
+
+class Flux1(Backbone):
+    """FLUX.1-dev: FluxPipeline. Latents [16, side / 8, side / 8], packed 2x2 into tokens for the transformer."""
+
+    family = "flux1"
+    pipeline, network_class = "FluxPipeline", "FluxTransformer2DModel"
+
+    def __init__(self, pipe, *args, **kwargs):
+        self.embedded_guidance = pipe.transformer.config.guidance_embeds
+        super().__init__(pipe, *args, **kwargs)
+
+    @staticmethod
+    def patch(pipe):
+        return 2
+
+    def shape(self, side):
+        return (self.transformer.config.in_channels // 4, side, side)
+
+    def encode_one(self, prompt):
+        embeds, pooled, _ = self.pipe.encode_prompt(prompt, max_sequence_length=self.text_tokens)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def predict(self, network, x, sigma, cond, guidance_scale):
+        b, c, h, w = x.shape
+        text = cond["encoder_hidden_states"]
+        v = network(  # float32 in: the network rounds its time to the dtype of hidden_states
+            hidden_states=self.pipe._pack_latents(x, b, c, h, w),
+            timestep=sigma,
+            guidance=x.new_full((b,), guidance_scale) if self.embedded_guidance else None,
+            img_ids=self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, x.device, x.dtype),
+            txt_ids=x.new_zeros(text.shape[1], 3),
+            **cond,
+            return_dict=False,
+        )[0]
+        return self.pipe._unpack_latents(v, 8 * h, 8 * w, 8)  # sizes as in pixels of a VAE with factor 8
+
+    def set_timesteps(self, steps):
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        c = self.scheduler.config
+        mu = calculate_shift(self.image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+        self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=mu)
+
+
+class Flux2(Backbone):
+    """FLUX.2-klein: Flux2KleinPipeline. Latents [128, side / 16, side / 16], patchified and normalised by the VAE."""
+
+    family = "flux2"
+    pipeline, network_class = "Flux2KleinPipeline", "Flux2Transformer2DModel"
+    lora_targets = (*ATTENTION, "attn.to_qkv_mlp_proj", "attn.to_out")  # the last two: single-stream blocks
+
+    @staticmethod
+    def patch(pipe):
+        return 2
+
+    def shape(self, side):
+        return (self.transformer.config.in_channels, side // 2, side // 2)
+
+    def encode_one(self, prompt):
+        embeds, _ = self.pipe.encode_prompt(prompt, max_sequence_length=self.text_tokens)
+        return {"encoder_hidden_states": embeds}
+
+    def predict(self, network, x, sigma, cond, guidance_scale):
+        b, c, h, w = x.shape
+        v = network(  # float32 in: the network rounds its time to the dtype of hidden_states
+            hidden_states=self.pipe._pack_latents(x),
+            timestep=sigma,
+            guidance=None,
+            img_ids=self.pipe._prepare_latent_ids(x).to(x.device),
+            txt_ids=self.pipe._prepare_text_ids(cond["encoder_hidden_states"]).to(x.device),
+            **cond,
+            return_dict=False,
+        )[0]
+        return v.transpose(1, 2).reshape(b, c, h, w)
+
+    def vae_latents(self, latents):
+        norm = self.vae.bn
+        mean, var = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
+        return self.pipe._unpatchify_latents(latents * (var + self.vae.config.batch_norm_eps).sqrt() + mean)
+
+    def set_timesteps(self, steps):
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        mu = compute_empirical_mu(self.image_tokens, steps)
+        self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=mu)
+
+
+FAMILIES = {cls.family: cls for cls in (SD3, Flux1, Flux2)}
+
+
+def load(model, weights=None, device="cpu", dtype=torch.float32, resolution=None, generator_weights=None, student=True):
+    """A backbone by name. weights: a diffusers pipeline folder or hub id in place of the published one.
+
+    generator_weights: the same for the generator's own transformer; by default FLUX.2's published one, with `weights`
+    given that of `weights`. student=False leaves it out: the teacher alone.
+    """
     if model not in BACKBONES:
         raise UserError(f"unknown model {model!r}; allowed: {', '.join(BACKBONES)}")
-    facts = BACKBONES[model]
-    source = str(weights or facts["repo"])
-    if not Path(source).is_dir():
-        if Path(source).is_absolute() or source.startswith("."):
-            raise UserError(f"no weights at {source}: give a diffusers pipeline folder or a hub id with --weights")
-        from huggingface_hub import snapshot_download
+    import diffusers
 
-        patterns = [
-            "*.json",
-            "*.txt",
-            "*.model",
-            "[tsv]*/*.safetensors",
-        ]  # transformer, text encoders, vae; no single files
-        source = snapshot_download(source, allow_patterns=patterns)
     quiet_libraries()
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-
-    if not (Path(source) / "model_index.json").is_file():
+    facts = BACKBONES[model]
+    family = FAMILIES[facts["family"]]
+    source = fetch(weights or facts["repo"], "--weights")
+    index = source / "model_index.json"
+    if not index.is_file():
         raise UserError(f"--weights {source} is no diffusers pipeline folder: it has no model_index.json")
-    transformer = load_transformer(SD3Transformer2DModel, Path(source) / "transformer", dtype)
-    pipe = StableDiffusion3Pipeline.from_pretrained(
+    found = json.loads(index.read_text()).get("_class_name")
+    if found != family.pipeline:
+        raise UserError(f"--weights {source} holds a {found}, and --model {model} needs a {family.pipeline}")
+    network = getattr(diffusers, family.network_class)
+    transformer = load_transformer(network, source / "transformer", dtype)
+    pipe = getattr(diffusers, family.pipeline).from_pretrained(
         source, transformer=transformer, dtype=dtype, low_cpu_mem_usage=False
     )
-    return SD3(pipe, resolution or facts["resolution"], facts["text_tokens"], device, dtype)
+    own = generator_weights or (None if weights else facts.get("student"))
+    if own and student:
+        own = load_transformer(network, fetch(own, "--generator_weights") / "transformer", dtype)
+    return family(pipe, resolution or facts["resolution"], facts["text_tokens"], device, dtype, own or None)
+
+
+def fetch(source, flag):
+    """Path of a pipeline folder: local, or a snapshot of the hub's transformer, text encoders and vae."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(source).startswith("."):
+        raise UserError(f"no weights at {source}: give a diffusers pipeline folder or a hub id with {flag}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "[tsv]*/*.safetensors"]  # no single-file releases
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # no network, no such repository, not logged in to a gated one
+        why = str(error).splitlines()[0]
+        raise UserError(f"cannot fetch {source}: {why} Give a local pipeline folder with {flag}") from None
 
 
 def quiet_libraries():
@@ -622,15 +791,15 @@ class RunLog:
                 self.wandb.log(row)
 
 
-def save_checkpoint(out, step, transformer, names, state, args, keep=2, final=False):
+def save_checkpoint(out, step, home, state, args, keep=2, final=False):
     """Write out/step_NNNNNN (or out/final) aside, then rename it; older step folders beyond `keep` are removed.
 
-    Each adapter of `names` gets a folder that diffusers can load; `state` (optimisers and counters) goes to state.pt.
+    home: {adapter: its transformer}, each a folder that diffusers can load; `state` (optimisers, counters): state.pt.
     """
     target = Path(out) / ("final" if final else f"step_{step:06d}")
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    for name in names:
+    for name, transformer in home.items():
         save_adapter(transformer, name, aside / name)
     torch.save({"step": step, **state}, aside / "state.pt")
     (aside / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
@@ -642,8 +811,8 @@ def save_checkpoint(out, step, transformer, names, state, args, keep=2, final=Fa
     return target
 
 
-def load_checkpoint(folder, transformer, names):
-    """Add the adapters saved in a checkpoint folder, or in the newest one of a run folder; returns its state."""
+def load_checkpoint(folder, home):
+    """Add the adapters of `home`, {name: transformer}, from a checkpoint or a run's newest; returns its state."""
     folder = Path(folder)
     if not (folder / "state.pt").is_file():
         steps = sorted(folder.glob("step_*"))
@@ -652,7 +821,7 @@ def load_checkpoint(folder, transformer, names):
                 f"--resume {folder}: no checkpoint there; give a run folder or one of its step_NNNNNN folders"
             )
         folder = steps[-1]
-    for name in names:
+    for name, transformer in home.items():
         load_adapter(transformer, name, folder / name, trainable=not name.endswith("_ema"))
     try:
         return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)

@@ -39,6 +39,9 @@ PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
 PRESETS = {
     "sd3": dict(group_size=16, batch_size=2, batches=16),
     "sd35": dict(group_size=24, batch_size=9, batches=16),
+    "flux1": dict(group_size=24, batch_size=3, batches=16, lr_fake=1e-6, gamma=0.0),
+    "flux2-4b": dict(group_size=24, batch_size=6, batches=16, lr_fake=1e-6),
+    "flux2-9b": dict(group_size=24, batch_size=3, batches=16, lr_fake=1e-6, gamma=0.0),
     "classroom": dict(
         guidance_scale=2.5,
         rewards="geneval_strict=0.6,geneval=0.4,clipscore=0.2",
@@ -46,13 +49,13 @@ PRESETS = {
         group_size=12,
         batch_size=48,
         batches=4,
-        epochs=240,
+        epochs=220,
         lr=1.5e-3,
         lr_fake=1e-3,
         lr_decay=0.3,
         init_std=1 / 32,
         dm_weight=0.02,
-        bp_weight=0.02,
+        bp_weight=0.1,
         consistency_batch=8,
         ema_every=2,
         dtype="float32",
@@ -72,6 +75,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--model", default="classroom", choices=PRESETS, help="backbone; picks the preset that other flags override")
     add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
+    add("--generator_weights", help="the same for the generator alone (FLUX.2: its step-distilled release)")
     add("--resolution", type=int, help="pixels a side (default: the backbone's)")
     add("--distilled", type=Path, help="stage 1's final/ folder: its generator_ema and fake adapters are the start")
     add("--prompts", type=Path, help=".jsonl with GenEval metadata (or .txt); the classroom makes its own")
@@ -327,23 +331,23 @@ def main(args):
     rewards.check_prompts(pairs, args.rewards)
     size = args.reward_batch_size or args.batch_size
     scorers = rewards.load_scorers(args.rewards, device, args.reward_dir, size, args.offload_rewards)
-    backbone = models.load(args.model, args.weights, device, getattr(torch, args.dtype), args.resolution)
-    transformer = backbone.transformer
+    dtype = getattr(torch, args.dtype)
+    backbone = models.load(args.model, args.weights, device, dtype, args.resolution, args.generator_weights)
     backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake", "fake_rl"), "ema": ("distilled", "rl_ema")}
-    models.load_adapter(transformer, "distilled", args.distilled / "generator_ema")
-    models.load_adapter(transformer, "fake", args.distilled / "fake")
-    lora_rank = len(models.adapter_parameters(transformer, "distilled")[0])
-    names = ("rl", "rl_ema", "fake_rl")
+    models.load_adapter(backbone.student, "distilled", args.distilled / "generator_ema")
+    models.load_adapter(backbone.transformer, "fake", args.distilled / "fake")
+    lora_rank = len(models.adapter_parameters(backbone.student, "distilled")[0])
+    home = {"rl": backbone.student, "rl_ema": backbone.student, "fake_rl": backbone.transformer}
     start, state = 0, None
     if args.resume:
-        state = models.load_checkpoint(args.resume, transformer, names)
+        state = models.load_checkpoint(args.resume, home)
         start = state["step"]
     else:
-        for name in names:
+        for name, network in home.items():
             init = seeded(args.seed, "init", name.removesuffix("_ema"))
             trainable = not name.endswith("_ema")
-            models.add_adapter(transformer, name, lora_rank, 2 * lora_rank, args.init_std, init, trainable)
-    generator, average, fake = (models.adapter_parameters(transformer, name) for name in names)
+            models.add_adapter(network, name, lora_rank, 2 * lora_rank, args.init_std, init, trainable)
+    generator, average, fake = (models.adapter_parameters(network, name) for name, network in home.items())
     optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=1e-4, fused=device.type == "cuda")
     optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=device.type == "cuda")
     ema = models.EMA(generator, average, 0.9, args.ema_every, warmup=True)
@@ -351,7 +355,8 @@ def main(args):
         optimizer.load_state_dict(state["optimizer"])
         optimizer_fake.load_state_dict(state["optimizer_fake"])
     if args.checkpointing:
-        models.enable_checkpointing(transformer)
+        for network in backbone.networks():
+            models.enable_checkpointing(network)
 
     sigmas = backbone.sigmas(models.FEW_STEPS)
     uncond = backbone.encode([""])
@@ -365,7 +370,7 @@ def main(args):
     def checkpoint(step, final=False):
         if rank == 0:
             state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
-            models.save_checkpoint(args.out, step, transformer, names, state, args, final=final)
+            models.save_checkpoint(args.out, step, home, state, args, final=final)
 
     bar = tqdm(range(start, args.epochs), "RTDMD", initial=start, total=args.epochs, disable=rank > 0)
     for epoch in bar:

@@ -162,7 +162,10 @@ def main(args):
         size = args.reward_batch_size or args.batch_size
         scorers = rewards.load_scorers(weights, device, args.reward_dir, size, args.offload_rewards)
     dtype = torch.bfloat16 if device.type == "cuda" and args.model != "classroom" else torch.float32
-    backbone = models.load(args.model, args.weights, device, dtype, args.resolution)
+    facts = models.BACKBONES[args.model]
+    few = len(models.FEW_STEPS) == args.steps or args.lora  # FLUX.2's generator has weights of its own
+    weights_from = args.weights or (facts.get("student") if few else None)
+    backbone = models.load(args.model, weights_from, device, dtype, args.resolution, student=False)
     for i, folder in enumerate(args.lora):
         models.load_adapter(backbone.transformer, f"lora_{i}", folder)
     backbone.roles["generator"] = tuple(f"lora_{i}" for i in range(len(args.lora)))
@@ -198,7 +201,7 @@ def main(args):
     models.save_grid(torch.stack([shown[i] for i in sorted(shown)]), args.out / "grid.png", min(8, len(shown)))
     ms = 1000 * sum(seconds for _, _, seconds in parts) / len(entries)
     result = {"settings": {key: plain(value) for key, value in vars(args).items()}, "ms_per_image": ms}
-    result["nfe"] = (len(sigmas) - 1) * (1 + (args.guidance_scale > 1))
+    result["nfe"] = (len(sigmas) - 1) * backbone.passes(args.guidance_scale)
     if weights:
         result |= summarize(entries, weights)
         print(report(result))

@@ -79,7 +79,7 @@ def evaluate(backbone, scorers, metadata, name, role, sigmas, eta, guidance_scal
     images = generate(backbone, prompts, sigmas, eta, guidance_scale, seed=1, batch_size=60, role=role)
     ms = 1000 * (time.perf_counter() - start) / len(prompts)
     scores = {k: v.numpy() for k, v in scorers.score(images, prompts, metadata).items()}
-    nfe = (len(sigmas) - 1) * (1 + (guidance_scale > 1))
+    nfe = (len(sigmas) - 1) * backbone.passes(guidance_scale)
     entropy = color_entropy(images, metadata)
     few = shapes.sample_prompts(24, 3, "heldout")
     many = [m["prompt"] for m in few for _ in range(8)]
@@ -211,7 +211,7 @@ def main(args):
         return
     backbone = models.load("classroom")
     for name, folder in (("acdmd", args.distilled / "generator_ema"), ("rtdmd", args.rl / "rl_ema")):
-        models.load_adapter(backbone.transformer, name, folder)
+        models.load_adapter(backbone.student, name, folder)
     backbone.roles |= {"acdmd": ("acdmd",), "rtdmd": ("acdmd", "rtdmd")}
     scorers = rewards.load_scorers(COLUMNS, "cpu", models.CLASSROOM)
     metadata = shapes.sample_prompts(args.n_prompts, 0, "heldout")

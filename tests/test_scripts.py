@@ -220,7 +220,7 @@ BAD = {  # command -> what the one line on standard error must say
     "acdmd.py --weights {tmp}/nowhere": "no weights at",
     "acdmd.py --resume {tmp}": "no checkpoint there",
     "rtdmd.py --distilled {tmp}": "has no generator_ema: run acdmd.py first",
-    "rtdmd.py --distilled {acdmd} --rewards clipscore=1,beauty=1": "unknown reward 'beauty'; allowed: pickscore, hpsv2, hpsv3, clipscore",
+    "rtdmd.py --distilled {acdmd} --rewards clipscore=1,beauty=1": "unknown reward 'beauty'; allowed: pickscore, hpsv2",
     "rtdmd.py --distilled {acdmd} --rewards clipscore=much": "weight 'much' of reward clipscore is no number",
     "rtdmd.py --distilled {acdmd} --group_size 7": "do not split into groups of 7: try --group_size 6",
     "rtdmd.py --distilled {acdmd} --prompts {tmp}/plain.txt": 'has no "tag" and "include", which geneval needs',

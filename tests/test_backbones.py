@@ -1,0 +1,186 @@
+"""FLUX.1 and FLUX.2 as the scripts run them, on complete small pipelines of the same classes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import tiny_pipelines
+import torch
+
+import acdmd
+import models
+import rtdmd
+import sample
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    models.quiet_libraries()
+    out = tmp_path_factory.mktemp("pipelines")
+    tiny_pipelines.write_flux1(out / "flux1")
+    tiny_pipelines.write_flux1(out / "flux1-plain", guidance_embeds=False)
+    tiny_pipelines.write_flux2(out / "flux2-4b")
+    tiny_pipelines.write_flux2(out / "flux2-4b-student", seed=3)
+    return out
+
+
+CASES = (
+    ("flux1", "flux1", 3.5),
+    ("flux1", "flux1-plain", 2.0),
+    ("flux2-4b", "flux2-4b", 4.0),
+    ("flux2-4b", "flux2-4b", 1.0),
+)
+
+
+@pytest.mark.parametrize("model, folder, guidance", CASES)
+def test_many_step_sampling_is_the_pipelines_own(folders, model, folder, guidance):
+    backbone = models.load(model, folders / folder, resolution=64, dtype=torch.float32)
+    pipe = getattr(diffusers, backbone.pipeline).from_pretrained(folders / folder)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a red circle", "two blue squares"]
+    noise = models.draw(torch.randn, backbone.latent_shape, range(2), "sample", 5, "start")
+    flux1 = model == "flux1"
+    tokens = pipe._pack_latents(noise, 2, *backbone.latent_shape) if flux1 else noise
+    call = dict(num_inference_steps=6, height=64, width=64, latents=tokens, output_type="pt")
+    if folder == "flux1-plain":
+        call |= dict(true_cfg_scale=guidance, negative_prompt=["", ""])
+    want = pipe(prompt=prompts, guidance_scale=guidance, **call).images
+    latents = models.sample_latents(backbone, prompts, backbone.sigmas(6), 0.0, guidance, seed=5, role="teacher")
+    with torch.no_grad():
+        got = backbone.decode(latents)
+    assert got.shape == (2, 3, 64, 64) and want.std() > 0.01
+    assert (got - want).abs().max() < 1e-4
+
+
+SMALL = "--resolution 64 --batch_size 2 --dtype float32 --device cpu --sample_every 0".split()
+
+
+@pytest.mark.parametrize("model", ("flux1", "flux2-4b"))
+def test_both_stages_and_sampling(folders, tmp_path, model):
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": p} for p in ("a red circle", "two blue squares", "a cross")]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [*SMALL, "--model", model, "--weights", folders / model, "--prompts", prompts]
+    if model == "flux2-4b":
+        common += ["--generator_weights", folders / f"{model}-student"]
+    flags = [*common, "--steps", 2, "--fake_update_ratio", 1, "--lr", 1e-2, "--log_every", 1, "--rank", 2]
+    acdmd.main(acdmd.parse_args([*map(str, flags), "--out", str(tmp_path / "one")]))
+    flags = [*common, "--epochs", 2, "--batches", 2, "--group_size", 2, "--lr", 1e-2, "--rewards", "clipscore=1"]
+    flags += ["--reward_dir", models.CLASSROOM, "--distilled", tmp_path / "one/final", "--out", tmp_path / "two"]
+    rtdmd.main(rtdmd.parse_args([*map(str, flags)]))
+    for out in ("one", "two"):
+        log = [json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
+        assert len(log) == 2 and log[1]["grad_norm/generator"] > 0, out
+    for name in ("one/final/generator_ema", "one/final/fake", "two/final/rl", "two/final/fake_rl"):
+        tensors = models.load_file(tmp_path / name / models.LORA_FILE)
+        assert any(t.abs().max() > 0 for key, t in tensors.items() if "lora_B" in key), name
+    start = folders / (model if model == "flux1" else f"{model}-student")
+    stack = ["--lora", tmp_path / "one/final/generator", "--lora", tmp_path / "two/final/rl"]
+    sampled = {}
+    for name, lora in (("plain", []), ("stack", stack)):
+        flags = ["--model", model, "--weights", start, "--resolution", 64, "--prompts", prompts, "--device", "cpu"]
+        sample.main(sample.parse_args([*map(str, [*flags, *lora, "--out", tmp_path / name])]))
+        assert json.loads((tmp_path / name / "metadata.json").read_text())["nfe"] == 4
+        sampled[name] = (tmp_path / name / "grid.png").read_bytes()
+    assert sampled["plain"] != sampled["stack"]
+
+
+def test_flux2_keeps_two_frozen_transformers_and_each_role_its_own(folders):
+    backbone = models.load(
+        "flux2-4b", folders / "flux2-4b", resolution=64, generator_weights=folders / "flux2-4b-student"
+    )
+    assert backbone.student is not backbone.transformer and len(backbone.networks()) == 2
+    models.add_adapter(backbone.student, "generator", 2, 4)
+    models.add_adapter(backbone.transformer, "fake", 2, 4)
+    backbone.roles |= {"generator": ("generator",), "fake": ("fake",)}
+    x, cond = torch.randn(1, *backbone.latent_shape), backbone.encode(["a circle"])
+    with torch.no_grad():
+        v = {role: backbone.velocity(x, 0.5, cond, role=role) for role in ("teacher", "fake", "generator")}
+        for name in ("flux2-4b", "flux2-4b-student"):
+            alone = models.load("flux2-4b", folders / name, resolution=64)
+            assert alone.student is alone.transformer
+            v[name] = alone.velocity(x, 0.5, cond, role="teacher")
+    assert torch.equal(v["teacher"], v["flux2-4b"]) and torch.equal(v["fake"], v["flux2-4b"])  # B is 0
+    assert torch.equal(v["generator"], v["flux2-4b-student"]) and not torch.equal(v["teacher"], v["generator"])
+
+
+@pytest.mark.parametrize("model", ("flux1", "flux2-4b"))
+def test_adapters_load_in_diffusers(folders, tmp_path, model):
+    backbone = models.load(model, folders / model, resolution=64)
+    for p in models.add_adapter(backbone.student, "mine", 2, 4, generator=models.seeded("a")):
+        p.data += 0.1 * torch.randn(p.shape, generator=models.seeded("b", tuple(p.shape)))
+    backbone.roles["generator"] = ("mine",)
+    models.save_adapter(backbone.student, "mine", tmp_path)
+    pipe = getattr(diffusers, backbone.pipeline).from_pretrained(folders / model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path)
+    noise = models.draw(torch.randn, backbone.latent_shape, range(1), "sample", 5, "start")
+    tokens = pipe._pack_latents(noise, 1, *backbone.latent_shape) if model == "flux1" else noise
+    call = dict(num_inference_steps=3, height=64, width=64, latents=tokens, output_type="pt", guidance_scale=1.0)
+    want = pipe(prompt=["a circle"], **call).images
+    with torch.no_grad():
+        plain, got = (
+            backbone.decode(models.sample_latents(backbone, ["a circle"], backbone.sigmas(3), 0.0, 1.0, 5, role=role))
+            for role in ("teacher", "generator")
+        )
+    assert (got - want).abs().max() < 1e-4 < (plain - want).abs().max()
+
+
+PUBLISHED = {  # model -> (class, numbers), parameters in billions
+    "sd3": (dict(num_layers=24, num_attention_heads=24, pos_embed_max_size=192), 2.03),
+    "sd35": (
+        dict(num_layers=24, num_attention_heads=24, pos_embed_max_size=384, qk_norm="rms_norm")
+        | dict(dual_attention_layers=tuple(range(13))),
+        2.24,
+    ),
+    "flux1": (dict(guidance_embeds=True), 11.90),
+    "flux2-4b": (dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680), 3.88),
+    "flux2-9b": (dict(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288), 9.08),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_architectures(model):
+    """Sizes on the meta device, and which layers the adapters take."""
+    config, billions = PUBLISHED[model]
+    family = models.FAMILIES[models.BACKBONES[model]["family"]]
+    if family is models.SD3:
+        config |= dict(sample_size=128, attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=1536)
+        config |= dict(pooled_projection_dim=2048, in_channels=16, out_channels=16, patch_size=2)
+    if family is models.Flux2:
+        config |= dict(guidance_embeds=False)
+    with torch.device("meta"):
+        network = getattr(diffusers, family.network_class)(**config)
+        assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+        linears = {n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
+        models.prepare_for_lora(network, family.lora_targets)
+    wrapped = set(models.lora_modules(network))
+    double = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    want = {f"transformer_blocks.{i}.attn.{name}" for i in range(config.get("num_layers", 19)) for name in double}
+    if family is models.SD3:  # the last block has no text side to write to
+        want -= {f"transformer_blocks.{config['num_layers'] - 1}.attn.to_add_out"}
+    if model == "flux1":
+        want |= {f"single_transformer_blocks.{i}.attn.{n}" for i in range(38) for n in ("to_q", "to_k", "to_v")}
+    if family is models.Flux2:
+        n = config["num_single_layers"]
+        want |= {f"single_transformer_blocks.{i}.attn.{n}" for i in range(n) for n in ("to_qkv_mlp_proj", "to_out")}
+    assert wrapped == want and wrapped <= linears
+    assert not any("attn2" in name for name in wrapped)
+
+
+def test_weights_of_another_family_are_refused(folders):
+    with pytest.raises(models.UserError, match="holds a FluxPipeline, and --model flux2-4b needs a Flux2KleinPipeline"):
+        models.load("flux2-4b", folders / "flux1")
+
+
+def test_a_repository_that_cannot_be_fetched_says_so(tmp_path):
+    command = [sys.executable, "sample.py", "--model", "flux1", "--prompt", "a cat", "--out", str(tmp_path)]
+    env = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "cannot fetch black-forest-labs/FLUX.1-dev" in said and "--weights" in said
