@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -224,43 +225,89 @@ def save_adapter(transformer, name, folder):
     save_file(tensors, folder / LORA_FILE, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
 
 
-def load_adapter(transformer, name, source, trainable=False):
-    """Add adapter `name` from what `save_adapter` wrote; a key that does not fit raises a UserError that names it."""
-    file = Path(source) / LORA_FILE if Path(source).is_dir() else Path(source)
-    if not file.is_file():
+def read_adapter(source):
+    """({module path: {"lora_A": tensor, "lora_B": tensor}}, alpha, file) of an adapter on disk.
+
+    Reads what `save_adapter` and diffusers write, a PEFT folder (adapter_model.safetensors, adapter_config.json), and
+    LoRA-only .pt / .pth state dicts, without running any pickled code. Prefixes as `module.` or `base_model.model.` and
+    PEFT's adapter name (`lora_A.default.weight`) are taken off. A .pt holds no alpha: 2 x rank, the published setting.
+    """
+    source = Path(source)
+    files = [source] if source.is_file() else [source / LORA_FILE, source / "adapter_model.safetensors"]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
         raise UserError(
-            f"no adapter at {source}: expected a folder with {LORA_FILE}, as acdmd.py writes final/generator_ema"
+            f"no adapter at {source}: expected a folder with {LORA_FILE}, as acdmd.py writes final/generator_ema, "
+            "or with PEFT's adapter_model.safetensors, or a .pt file"
         )
+    config = {}
     try:
-        tensors = load_file(file)
-        with safe_open(file, "pt") as f:
-            config = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is no complete safetensors file ({error}); it may have been cut short") from error
-    ranks = {len(t) for key, t in tensors.items() if key.endswith(".lora_A.weight")}
-    rank = config.get("transformer.r", min(ranks, default=0))
-    alpha, left = config.get("transformer.lora_alpha", rank), dict(tensors)
-    modules = lora_modules(transformer)
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            with safe_open(file, "pt") as f:
+                config = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            if file.name == "adapter_model.safetensors":
+                config = json.loads((file.parent / "adapter_config.json").read_text())
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file} is no complete file of tensors ({reason}); it may have been cut short") from None
+    modules = {}
+    for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
+        match = re.fullmatch(r"(?:(?:module|base_model\.model|transformer)\.)*(.+)\.(lora_[AB])(?:\.\w+)?\.weight", key)
+        if not match or not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
+            raise UserError(f"{file}: {key} is no LoRA matrix (<layer>.lora_A.weight or .lora_B.weight)")
+        modules.setdefault(match[1], {})[match[2]] = tensor
+    if not modules:
+        raise UserError(f"{file} holds no LoRA matrices")
+    ranks = {len(pair["lora_A"]) for pair in modules.values() if "lora_A" in pair}
+    if len(ranks) > 1:
+        raise UserError(f"{file} mixes the ranks {sorted(ranks)}: an adapter has one rank")
+    plain = 2 * max(ranks, default=0) if file.suffix != ".safetensors" else max(ranks, default=0)  # diffusers: rank
+    return modules, config.get("transformer.lora_alpha", config.get("lora_alpha", plain)), file
+
+
+def load_adapter(transformer, name, source, trainable=False):
+    """Add adapter `name` from what `read_adapter` reads; a key that does not fit raises a UserError that names it."""
+    tensors, alpha, file = read_adapter(source)
+    modules, rank = lora_modules(transformer), None
     for path, m in modules.items():
-        out_features, in_features = m.base.weight.shape
+        pair, (out_features, in_features) = tensors.get(path, {}), m.base.weight.shape
+        rank = rank or len(pair.get("lora_A", ()))
         for key, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
-            full = f"transformer.{path}.{key}.weight"
-            if full not in left:
-                raise UserError(f"{file}: {full} is missing; was this adapter trained on another backbone?")
-            if tuple(left[full].shape) != shape:
-                got = tuple(left[full].shape)
+            if key not in pair:
                 raise UserError(
-                    f"{file}: {full} has shape {got}, this backbone needs {shape}; was it trained on another?"
+                    f"{file}: {path}.{key}.weight is missing; was this adapter trained on another backbone?"
                 )
-            left.pop(full)
+            if tuple(pair[key].shape) != shape:
+                raise UserError(
+                    f"{file}: {path}.{key}.weight has shape {tuple(pair[key].shape)}, this backbone needs {shape}; "
+                    "was it trained on another?"
+                )
+    left = sorted(set(tensors) - set(modules))
     if left:
-        raise UserError(f"{file}: {sorted(left)[0]} fits no layer of this backbone ({len(left)} such keys)")
+        raise UserError(f"{file}: {left[0]} is no layer of this backbone that takes adapters ({len(left)} such)")
     add_adapter(transformer, name, rank, alpha, trainable=trainable)
     with torch.no_grad():
         for path, m in modules.items():
-            m.lora_A[name].copy_(tensors[f"transformer.{path}.lora_A.weight"])
-            m.lora_B[name].copy_(tensors[f"transformer.{path}.lora_B.weight"])
+            m.lora_A[name].copy_(tensors[path]["lora_A"])
+            m.lora_B[name].copy_(tensors[path]["lora_B"])
     return adapter_parameters(transformer, name)
+
+
+def merge_adapters(transformer, names):
+    """State dict of the transformer as published, with the adapters added in: W + (alpha / rank) B A, in W's dtype."""
+    state = {}
+    for key, value in transformer.state_dict().items():
+        if ".lora_A." not in key and ".lora_B." not in key:
+            state[key.replace(".base.", ".")] = value
+    for path, m in lora_modules(transformer).items():
+        weight = m.base.weight.float()
+        for name in names:
+            weight = weight + m.scale[name] * (m.lora_B[name] @ m.lora_A[name])
+        state[f"{path}.weight"] = weight.to(m.base.weight.dtype)
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
 def enable_checkpointing(transformer):

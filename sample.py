@@ -37,6 +37,7 @@ def parse_args(argv=None):
     add("--prompts", type=Path, help=".txt, .jsonl or .json; default: the classroom's held-out captions")
     add("--n", type=int, help="images: the first n prompts (classroom default 48, else all of the file)")
     add("--steps", type=int, default=4, help="4: few-step CPS; another number: the pipeline's schedule, Euler")
+    add("--export", type=Path, help="write the transformer with the adapters merged in to this new folder, and stop")
     add("--eta", type=float, help="CPS stochasticity (default 0.9 at 4 steps, else 0)")
     add("--guidance_scale", type=float, help="default 1 at 4 steps, else the teacher's")
     add("--eval", help="rewards to report, name=weight,...: for example clipscore=1,geneval=1")
@@ -63,7 +64,7 @@ def parse_args(argv=None):
         args.guidance_scale = 1.0 if few else models.BACKBONES[args.model]["guidance"]
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
-    if not (args.prompt or args.prompts) and args.model != "classroom":
+    if not (args.prompt or args.prompts or args.export) and args.model != "classroom":
         p.error(f"--model {args.model} needs --prompts FILE or --prompt TEXT")
     if args.reward_dir is None and args.model == "classroom":
         args.reward_dir = models.CLASSROOM
@@ -156,7 +157,7 @@ def prompt_sets(args):
 
 def main(args):
     rank, world_size, device = models.setup_distributed(args.device)
-    sets, weights = prompt_sets(args)
+    sets, weights = prompt_sets(args) if not args.export else ([], {})
     scorers = None
     if weights:
         size = args.reward_batch_size or args.batch_size
@@ -169,6 +170,10 @@ def main(args):
     for i, folder in enumerate(args.lora):
         models.load_adapter(backbone.transformer, f"lora_{i}", folder)
     backbone.roles["generator"] = tuple(f"lora_{i}" for i in range(len(args.lora)))
+    if args.export:
+        if rank == 0:
+            export(backbone, args.export)
+        return
     sigmas = backbone.sigmas(models.FEW_STEPS if args.steps == len(models.FEW_STEPS) else args.steps)
 
     # batches hold prompts of one set, and are dealt to the processes whole: the arithmetic does not depend on how many
@@ -207,6 +212,20 @@ def main(args):
         print(report(result))
     (args.out / "metadata.json").write_text(json.dumps({**result, "images": entries}, indent=1) + "\n")
     print(f"{len(entries)} images, {result['nfe']} NFE, {ms:.0f} ms an image: {args.out}/grid.png, metadata.json")
+
+
+def export(backbone, folder):
+    """Write folder/transformer-style files: config.json and safetensors shards, for diffusers' from_pretrained."""
+    if folder.exists():
+        raise models.UserError(f"--export {folder} exists: give a new folder")
+    network = backbone.transformer
+    state = models.merge_adapters(network, backbone.roles["generator"])
+    with torch.device("meta"):
+        merged = type(network).from_config(network.config)
+    merged.load_state_dict(state, assign=True)
+    merged.save_pretrained(folder)
+    name = type(network).__name__
+    print(f'{folder}: {name}.from_pretrained("{folder}"), or transformer= of the pipeline; sample it with few steps')
 
 
 def plain(value):

@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 import acdmd
 import models
@@ -110,14 +110,81 @@ def test_adapter_file_round_trip_and_refusals(backbone, tmp_path):
         with pytest.raises(ValueError, match=match):
             models.load_adapter(backbone.transformer, "broken", file)
 
-    refused({k: v for k, v in tensors.items() if k != key}, f"{key} is missing")
+    refused({k: v for k, v in tensors.items() if k != key}, f"{path}.lora_A.weight is missing")
     refused(tensors | {key: torch.zeros(4, 7)}, "has shape")
-    refused(tensors | {"transformer.nowhere.lora_A.weight": torch.zeros(4, 7)}, "nowhere.lora_A.weight fits no layer")
+    refused(tensors | {"transformer.nowhere.lora_A.weight": torch.zeros(4, 7)}, "nowhere is no layer of this backbone")
+    refused(tensors | {"transformer.nowhere.alpha": torch.zeros(1)}, "nowhere.alpha is no LoRA matrix")
+    refused(tensors | {key: torch.zeros(5, 128)}, "mixes the ranks")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cut short"):
         models.load_adapter(backbone.transformer, "broken", file)
     with pytest.raises(ValueError, match="no adapter at"):
         models.load_adapter(backbone.transformer, "broken", tmp_path / "nowhere")
+
+
+def foreign(folder, kind, tensors):
+    """The adapter as another tool writes it; returns what load_adapter is given."""
+    bare = {key.removeprefix("transformer."): value for key, value in tensors.items()}
+    if kind == "peft":  # model.save_pretrained of a PeftModel
+        folder.mkdir()
+        keyed = {f"base_model.model.{key}": value for key, value in bare.items()}
+        models.save_file(keyed, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+        return folder
+    prefix = {"authors": "", "ddp": "module.base_model.model.", "diffusers": "transformer."}[kind]
+    state = {
+        prefix + k.replace(".weight", ".default.weight" if kind != "diffusers" else ".weight"): v
+        for k, v in bare.items()
+    }
+    torch.save(state, folder.with_suffix(".pt"))
+    return folder.with_suffix(".pt")
+
+
+@pytest.mark.parametrize("kind", ("peft", "authors", "ddp", "diffusers"))
+def test_adapters_of_other_tools_load(backbone, tmp_path, kind):
+    models.save_adapter(backbone.transformer, "generator", tmp_path / "a")
+    source = foreign(tmp_path / "b", kind, models.load_file(tmp_path / "a" / models.LORA_FILE))
+    models.load_adapter(backbone.transformer, kind, source)
+    backbone.roles["again"] = (kind,)
+    x, cond = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x")), backbone.encode(PROMPTS)
+    with torch.no_grad():
+        v = {role: backbone.velocity(x, 0.5, cond, role=role) for role in ("generator", "again", "teacher")}
+    assert torch.equal(v["generator"], v["again"]) and not torch.equal(v["generator"], v["teacher"])
+
+
+def test_a_malicious_adapter_is_refused_and_does_not_run(backbone, tmp_path):
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return (type(tmp_path).touch, (tmp_path / "executed",))
+
+    (tmp_path / "a.pt").write_bytes(pickle.dumps({"x.lora_A.weight": Payload()}))
+    with pytest.raises(models.UserError, match="is no complete file of tensors"):
+        models.load_adapter(backbone.transformer, "evil", tmp_path / "a.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_export_is_the_stack_merged(backbone, tmp_path):
+    import sample
+
+    for name in ("generator", "fake"):
+        models.save_adapter(backbone.transformer, name, tmp_path / name)
+    flags = ["--lora", tmp_path / "generator", "--lora", tmp_path / "fake", "--export", tmp_path / "merged"]
+    args = sample.parse_args([*map(str, flags)])
+    sample.main(args)
+    merged = SD3Transformer2DModel.from_pretrained(tmp_path / "merged")
+    pipe = StableDiffusion3Pipeline.from_pretrained(models.CLASSROOM / "teacher", transformer=merged)
+    pipe.set_progress_bar_config(disable=True)
+    noise = models.draw(torch.randn, backbone.latent_shape, range(3), "sample", 0, "start")
+    call = dict(num_inference_steps=4, guidance_scale=1.0, max_sequence_length=backbone.text_tokens, latents=noise)
+    want = pipe(PROMPTS, output_type="pt", **call).images
+    backbone.roles["both"] = ("generator", "fake")
+    latents = models.sample_latents(backbone, PROMPTS, backbone.sigmas(4), role="both")
+    with torch.no_grad():
+        assert (backbone.decode(latents) - want).abs().max() < 1e-4
+    with pytest.raises(models.UserError, match="exists: give a new folder"):
+        sample.main(args)
 
 
 def test_stage_2_losses_equal_stage_1_at_s_0(backbone):
