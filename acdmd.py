@@ -67,6 +67,12 @@ def parse_args(argv=None):
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing")
+    add(
+        "--shard", default="none", choices=models.SHARD_MODES, help="of the frozen base; full: FSDP2, hybrid: in a node"
+    )
+    add("--offload_frozen", action="store_true", help="the frozen base waits in host memory, block by block")
+    add("--offload_encoders", action="store_true", help="text encoders wait on the CPU while they do not encode")
+    add("--compile", action="store_true", help="torch.compile, block by block")
     add("--wandb", action="store_true", help="log to Weights & Biases too")
     add("--steps", type=int, default=5000, help="iterations: fake-score updates")
     add("--batch_size", type=int, default=9, help="images a process; paper: 9 on each of 8 GPUs")
@@ -215,7 +221,11 @@ def main(args):
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts()
     prompts = [prompt for prompt, _ in pairs]
     dtype = getattr(torch, args.dtype)
-    backbone = models.load(args.model, args.weights, device, dtype, args.resolution, args.generator_weights)
+    placement = dict(shard_mode=args.shard, offload_frozen=args.offload_frozen)
+    backbone = models.load(
+        args.model, args.weights, device, dtype, args.resolution, args.generator_weights, **placement
+    )
+    backbone.offload_encoders = args.offload_encoders
     backbone.roles |= {"generator": ("generator",), "fake": ("fake",), "ema": ("generator_ema",)}
     home = {"generator": backbone.student, "generator_ema": backbone.student, "fake": backbone.transformer}
     start, state = 0, None
@@ -236,6 +246,8 @@ def main(args):
     if args.checkpointing:
         for network in backbone.networks():
             models.enable_checkpointing(network)
+    if args.compile:
+        models.compile_blocks(backbone)
 
     sigmas = backbone.sigmas(models.FEW_STEPS)
     uncond = backbone.encode([""])
@@ -306,10 +318,8 @@ def main(args):
             brief = {name: v for name, v in means.items() if name in ("grad_norm/generator", "loss/cons")}
             bar.set_postfix({name: f"{v:.3g}" for name, v in brief.items()})
             window = {}
-        if rank == 0 and args.sample_every and ((step + 1) % args.sample_every == 0 or step == 0):
-            latents = models.sample_latents(backbone, prompts[:16], sigmas, args.eta, role="ema")
-            with torch.no_grad():
-                models.save_grid(backbone.decode(latents), args.out / "samples" / f"step_{step + 1:06d}.png", columns=8)
+        if args.sample_every and ((step + 1) % args.sample_every == 0 or step == 0):
+            models.sample_grid(backbone, prompts[:16], sigmas, args, rank, f"step_{step + 1:06d}.png")
         stopped = stop.agreed(world_size, device)
         if saving or stopped:
             checkpoint(step + 1)

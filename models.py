@@ -27,6 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 
 class UserError(ValueError):
@@ -171,10 +173,10 @@ def lora_modules(transformer):
     return {name: m for name, m in transformer.named_modules() if isinstance(m, LoRALinear)}
 
 
-def prepare_for_lora(transformer, targets):
-    """Freeze the transformer and wrap every Linear whose path ends in one of `targets`."""
+def prepare_for_lora(transformer, targets, device=None):
+    """Freeze the transformer and wrap every Linear whose path ends in one of `targets`; adapters go to `device`."""
     transformer.requires_grad_(False)
-    transformer.lora_switch = SimpleNamespace(active=(), known=[])
+    transformer.lora_switch = SimpleNamespace(active=(), known=[], device=device)
     linears = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
     for path in linears:
         if any(path.endswith("." + target) for target in targets):
@@ -195,7 +197,7 @@ def add_adapter(transformer, name, rank=32, alpha=64, init_std=None, generator=N
         out_features, in_features = module.base.weight.shape
         A = torch.randn(rank, in_features, generator=generator) * (1 / rank if init_std is None else init_std)
         B = torch.zeros(out_features, rank)
-        device = module.base.weight.device
+        device = transformer.lora_switch.device or module.base.weight.device
         module.lora_A[name] = nn.Parameter(A.to(device), requires_grad=trainable)
         module.lora_B[name] = nn.Parameter(B.to(device), requires_grad=trainable)
         module.scale[name] = alpha / rank
@@ -325,6 +327,13 @@ def enable_checkpointing(transformer):
     transformer.enable_gradient_checkpointing(checkpoint)
 
 
+def compile_blocks(backbone):
+    """torch.compile every block's forward; hooks of sharding and checkpointing stay outside."""
+    for network in backbone.networks():
+        for block in blocks(network):
+            block.forward = torch.compile(block.forward)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # backbones
 
@@ -376,14 +385,17 @@ class Backbone:
             raise UserError(
                 f"resolution {resolution} does not divide by {factor}: try {below or factor} or {below + factor}"
             )
-        self.pipe, self.device, self.dtype, self.text_tokens = pipe.to(device), torch.device(device), dtype, text_tokens
+        self.pipe, self.device, self.dtype, self.text_tokens = pipe, torch.device(device), dtype, text_tokens
         self.transformer, self.vae, self.scheduler = pipe.transformer, pipe.vae.requires_grad_(False), pipe.scheduler
-        self.student = self.transformer if student is None else student.to(device)
-        self.vae.to(memory_format=torch.channels_last)
+        self.student = self.transformer if student is None else student
+        self.vae.to(device, memory_format=torch.channels_last)
+        encoders = (getattr(pipe, f"text_encoder{n}", None) for n in ("", "_2", "_3"))
+        self.encoders = [encoder for encoder in encoders if encoder is not None]
+        self.offload_encoders = False  # text encoders wait on the CPU while they do not encode
         self.image_tokens = (resolution // factor) ** 2
         self.latent_shape = self.shape(resolution // pipe.vae_scale_factor)
         for network in self.networks():
-            prepare_for_lora(network, self.lora_targets)
+            prepare_for_lora(network, self.lora_targets, self.device)
         self.roles = {"teacher": (), "generator": (), "fake": ()}  # role -> names of its adapters
         self._embeddings = {}  # prompt -> {name: its row}, on the CPU
 
@@ -399,10 +411,13 @@ class Backbone:
     def encode(self, prompts):
         """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
         # One at a time: rounding must not depend on the neighbours, or a resumed run would differ in the last digit.
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._embeddings:
-                embeds = self.encode_one(prompt)
-                self._embeddings[prompt] = {name: value[0].cpu() for name, value in embeds.items()}
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        for encoder in self.encoders if new else ():
+            encoder.to(self.device)
+        for prompt in new:
+            self._embeddings[prompt] = {name: value[0].cpu() for name, value in self.encode_one(prompt).items()}
+        for encoder in self.encoders if new and self.offload_encoders else ():
+            encoder.to("cpu")
         rows = [self._embeddings[p] for p in prompts]
         size = sum(value.nbytes for value in rows[0].values())
         while len(self._embeddings) > max(2, CACHE_BYTES / size):  # the oldest go
@@ -468,7 +483,12 @@ class SD3(Backbone):
 
     def encode_one(self, prompt):
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
+            prompt,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.text_tokens,
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
@@ -498,7 +518,7 @@ class Flux1(Backbone):
         return (self.transformer.config.in_channels // 4, side, side)
 
     def encode_one(self, prompt):
-        embeds, pooled, _ = self.pipe.encode_prompt(prompt, max_sequence_length=self.text_tokens)
+        embeds, pooled, _ = self.pipe.encode_prompt(prompt, device=self.device, max_sequence_length=self.text_tokens)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def predict(self, network, x, sigma, cond, guidance_scale):
@@ -538,7 +558,7 @@ class Flux2(Backbone):
         return (self.transformer.config.in_channels, side // 2, side // 2)
 
     def encode_one(self, prompt):
-        embeds, _ = self.pipe.encode_prompt(prompt, max_sequence_length=self.text_tokens)
+        embeds, _ = self.pipe.encode_prompt(prompt, device=self.device, max_sequence_length=self.text_tokens)
         return {"encoder_hidden_states": embeds}
 
     def predict(self, network, x, sigma, cond, guidance_scale):
@@ -569,11 +589,21 @@ class Flux2(Backbone):
 FAMILIES = {cls.family: cls for cls in (SD3, Flux1, Flux2)}
 
 
-def load(model, weights=None, device="cpu", dtype=torch.float32, resolution=None, generator_weights=None, student=True):
+def load(
+    model,
+    weights=None,
+    device="cpu",
+    dtype=torch.float32,
+    resolution=None,
+    generator_weights=None,
+    student=True,
+    shard_mode="none",
+    offload_frozen=False,
+):
     """A backbone by name. weights: a diffusers pipeline folder or hub id in place of the published one.
 
     generator_weights: the same for the generator's own transformer; by default FLUX.2's published one, with `weights`
-    given that of `weights`. student=False leaves it out: the teacher alone.
+    given that of `weights`. student=False leaves it out: the teacher alone. shard_mode, offload_frozen: see `shard`.
     """
     if model not in BACKBONES:
         raise UserError(f"unknown model {model!r}; allowed: {', '.join(BACKBONES)}")
@@ -597,7 +627,47 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, resolution=None
     own = generator_weights or (None if weights else facts.get("student"))
     if own and student:
         own = load_transformer(network, fetch(own, "--generator_weights") / "transformer", dtype)
-    return family(pipe, resolution or facts["resolution"], facts["text_tokens"], device, dtype, own or None)
+    resolution = resolution or facts["resolution"]
+    backbone = family(pipe, resolution, facts["text_tokens"], device, dtype, own or None)
+    shard(backbone, shard_mode, offload_frozen)
+    return backbone
+
+
+def blocks(network):
+    """The transformer blocks: what is sharded and compiled one by one."""
+    return [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", ())]
+
+
+SHARD_MODES = ("none", "full", "grad", "hybrid")
+
+
+def shard(backbone, mode="none", offload_frozen=False):
+    """Place the frozen transformers on the processes' devices, before any adapter is added. FSDP2, block by block.
+
+    none: every process holds a whole copy. full: each holds its share, a block's shares are gathered for its forward
+    and again for its backward. grad: gathered once, kept until the backward is done (faster, more memory). hybrid:
+    full inside a node, copies across nodes. offload_frozen: shares wait in host memory.
+    Adapters are small and belong to no share: each process has them whole, so their gradients are averaged, clipped,
+    followed by the EMA and saved without a word about sharding.
+    """
+    if mode not in SHARD_MODES:
+        raise UserError(f"unknown shard mode {mode!r}; allowed: {', '.join(SHARD_MODES)}")
+    if mode == "none" and not offload_frozen:
+        for network in backbone.networks():
+            network.to(backbone.device)
+        return
+    kind = backbone.device.type
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    n = dist.get_world_size()
+    share = {"none": 1, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", n))}.get(mode, n)  # processes a copy lies on
+    mesh = init_device_mesh(kind, (n // share, share), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if share < n else mesh["shard"]
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if offload_frozen else OffloadPolicy()
+    options = dict(mesh=mesh, reshard_after_forward=mode != "grad", offload_policy=offload)
+    for network in backbone.networks():
+        for module in (*blocks(network), network):
+            fully_shard(module, **options)
 
 
 def fetch(source, flag):
@@ -657,6 +727,16 @@ def sample_latents(backbone, prompts, sigmas, eta=0.0, guidance_scale=1.0, seed=
         noise = draw(torch.randn, backbone.latent_shape, indices, "sample", seed, j).to(x.device) if noisy else None
         x = cps_step(x, v, sigma, sigma_next, eta, noise)
     return x
+
+
+def sample_grid(backbone, prompts, sigmas, args, rank, name):
+    """Write args.out/samples/<name>: the same prompts and noise each time, by the EMA generator."""
+    if rank > 0 and args.shard == "none":
+        return  # sharded networks need every process for a forward
+    latents = sample_latents(backbone, prompts, sigmas, args.eta, role="ema")
+    if rank == 0:
+        with torch.no_grad():
+            save_grid(backbone.decode(latents), Path(args.out) / "samples" / name, columns=8)
 
 
 def save_grid(images, path, columns, gap=2):

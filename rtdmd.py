@@ -89,6 +89,12 @@ def parse_args(argv=None):
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing")
+    add(
+        "--shard", default="none", choices=models.SHARD_MODES, help="of the frozen base; full: FSDP2, hybrid: in a node"
+    )
+    add("--offload_frozen", action="store_true", help="the frozen base waits in host memory, block by block")
+    add("--offload_encoders", action="store_true", help="text encoders wait on the CPU while they do not encode")
+    add("--compile", action="store_true", help="torch.compile, block by block")
     add("--wandb", action="store_true", help="log to Weights & Biases too")
     add("--epochs", type=int, default=1000, help="sample, score, one optimiser step of each network")
     add("--group_size", type=int, default=24, help="K, images per prompt; paper: 16 or 24")
@@ -332,7 +338,11 @@ def main(args):
     size = args.reward_batch_size or args.batch_size
     scorers = rewards.load_scorers(args.rewards, device, args.reward_dir, size, args.offload_rewards)
     dtype = getattr(torch, args.dtype)
-    backbone = models.load(args.model, args.weights, device, dtype, args.resolution, args.generator_weights)
+    placement = dict(shard_mode=args.shard, offload_frozen=args.offload_frozen)
+    backbone = models.load(
+        args.model, args.weights, device, dtype, args.resolution, args.generator_weights, **placement
+    )
+    backbone.offload_encoders = args.offload_encoders
     backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake", "fake_rl"), "ema": ("distilled", "rl_ema")}
     models.load_adapter(backbone.student, "distilled", args.distilled / "generator_ema")
     models.load_adapter(backbone.transformer, "fake", args.distilled / "fake")
@@ -357,6 +367,8 @@ def main(args):
     if args.checkpointing:
         for network in backbone.networks():
             models.enable_checkpointing(network)
+    if args.compile:
+        models.compile_blocks(backbone)
 
     sigmas = backbone.sigmas(models.FEW_STEPS)
     uncond = backbone.encode([""])
@@ -422,8 +434,8 @@ def main(args):
             sums |= dict.fromkeys(("loss/policy", "ratio_drift", "clip_fraction"), torch.zeros((), device=device))
         for part in policy_order.tensor_split(args.batches) if args.policy_weight else ():
             # chosen steps: policy gradient
-            if not len(part):
-                continue
+            share = len(part) * world_size / n_signal  # of all images with signal; ranks are averaged later
+            part = part if len(part) else order[:1]  # sharded networks must run equally often on every rank
             cond = backbone.encode([prompts[i] for i in part])
             for j in chosen:
                 x, x_next = (states[part, i].to(device) for i in (j, j + 1))
@@ -431,12 +443,11 @@ def main(args):
                 log_prob = cps_log_prob(x_next, x, v, sigmas[j], sigmas[j + 1], args.eta)
                 old, advantage = old_log_prob[j][part].to(device), advantages[part].to(device)
                 loss = policy_loss(log_prob, old, advantage, args.clip_range)
-                share = len(part) * world_size / n_signal  # of all images with signal; ranks are averaged later
                 (args.policy_weight * share / steps * loss).backward()
                 drift = (log_prob.detach() - old).exp() - 1
                 clipped = (drift.abs() > args.clip_range).float().mean()
                 values = {"loss/policy": loss, "ratio_drift": drift.abs().mean(), "clip_fraction": clipped}
-                add_to(sums, values, len(chosen) / share)
+                add_to(sums, {name: share * value for name, value in values.items()}, len(chosen))
         if args.policy_weight:
             models.average_gradients(generator, world_size)
             sums["grad_norm/policy"] = torch.nn.utils.get_total_norm([p.grad for p in generator])
@@ -468,11 +479,9 @@ def main(args):
         log.write(step=epoch + 1, **row, images_per_s=n_images / seconds, sampling_share=(sampled - began) / seconds)
         bar.set_postfix({name: f"{r.mean().item():.3f}" for name, r in scores.items()})
         stopped = stop.agreed(world_size, device)
-        if rank == 0 and args.sample_every and ((epoch + 1) % args.sample_every == 0 or epoch == 0):
-            latents = models.sample_latents(backbone, [p for p, _ in pairs[:16]], sigmas, args.eta, role="ema")
-            with torch.no_grad():
-                images = backbone.decode(latents)
-            models.save_grid(images, args.out / "samples" / f"epoch_{epoch + 1:06d}.png", columns=8)
+        if args.sample_every and ((epoch + 1) % args.sample_every == 0 or epoch == 0):
+            shown = [prompt for prompt, _ in pairs[:16]]
+            models.sample_grid(backbone, shown, sigmas, args, rank, f"epoch_{epoch + 1:06d}.png")
         if (epoch + 1) % args.save_every == 0 or stopped:
             checkpoint(epoch + 1)
         if stopped:

@@ -148,7 +148,6 @@ def tiny_sd3(topic, prefix, vae=None, roles=("generator", "fake")):
     transformer = SD3Transformer2DModel(**config)
     transformer.load_state_dict(weights("_base" if roles else ""))
     pipe = SimpleNamespace(transformer=transformer, vae=vae or torch.nn.Identity(), scheduler=None, vae_scale_factor=1)
-    pipe.to = lambda device: pipe
     backbone = models.SD3(pipe, resolution=config["sample_size"], text_tokens=0)
     for role in roles:
         models.add_adapter(transformer, role, rank=2, alpha=4)
@@ -227,7 +226,6 @@ def tiny_flux(p):
     names = "_pack_latents _unpack_latents _prepare_latent_image_ids _prepare_latent_ids _prepare_text_ids".split()
     pipe = SimpleNamespace(**{name: getattr(pipeline, name) for name in names if hasattr(pipeline, name)})
     pipe.transformer, pipe.vae, pipe.scheduler, pipe.vae_scale_factor = transformer, torch.nn.Identity(), None, 1
-    pipe.to = lambda device: pipe
     return cls(pipe, resolution=8, text_tokens=0)
 
 
