@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import bench
 import diffusers
 import pytest
 import tiny_pipelines
@@ -131,32 +133,16 @@ def test_adapters_load_in_diffusers(folders, tmp_path, model):
     assert (got - want).abs().max() < 1e-4 < (plain - want).abs().max()
 
 
-PUBLISHED = {  # model -> (class, numbers), parameters in billions
-    "sd3": (dict(num_layers=24, num_attention_heads=24, pos_embed_max_size=192), 2.03),
-    "sd35": (
-        dict(num_layers=24, num_attention_heads=24, pos_embed_max_size=384, qk_norm="rms_norm")
-        | dict(dual_attention_layers=tuple(range(13))),
-        2.24,
-    ),
-    "flux1": (dict(guidance_embeds=True), 11.90),
-    "flux2-4b": (dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680), 3.88),
-    "flux2-9b": (dict(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288), 9.08),
-}
+BILLIONS = {"sd3": 2.03, "sd35": 2.24, "flux1": 11.90, "flux2-4b": 3.88, "flux2-9b": 9.08}
 
 
-@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize("model", BILLIONS)
 def test_published_architectures(model):
     """Sizes on the meta device, and which layers the adapters take."""
-    config, billions = PUBLISHED[model]
-    family = models.FAMILIES[models.BACKBONES[model]["family"]]
-    if family is models.SD3:
-        config |= dict(sample_size=128, attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=1536)
-        config |= dict(pooled_projection_dim=2048, in_channels=16, out_channels=16, patch_size=2)
-    if family is models.Flux2:
-        config |= dict(guidance_embeds=False)
+    config, family = bench.PUBLISHED[model], models.FAMILIES[models.BACKBONES[model]["family"]]
     with torch.device("meta"):
         network = getattr(diffusers, family.network_class)(**config)
-        assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+        assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(BILLIONS[model], abs=0.005)
         linears = {n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
         models.prepare_for_lora(network, family.lora_targets)
     wrapped = set(models.lora_modules(network))
@@ -171,6 +157,48 @@ def test_published_architectures(model):
         want |= {f"single_transformer_blocks.{i}.attn.{n}" for i in range(n) for n in ("to_qkv_mlp_proj", "to_out")}
     assert wrapped == want and wrapped <= linears
     assert not any("attn2" in name for name in wrapped)
+
+
+@pytest.mark.parametrize("model", ("sd35", "flux1", "flux2-4b"))
+def test_bench_runs_with_random_weights(model, monkeypatch, capsys, tmp_path):
+    """The published VAE, a transformer of the published class made small."""
+    small = dict(num_layers=1, num_attention_heads=1, attention_head_dim=16)
+    if model == "sd35":
+        small |= dict(joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8, sample_size=8)
+        small |= dict(pos_embed_max_size=8, dual_attention_layers=(0,))
+    else:
+        small |= dict(
+            num_single_layers=1, joint_attention_dim=16, axes_dims_rope=(4, 6, 6) if model == "flux1" else (4,) * 4
+        )
+    monkeypatch.setitem(bench.PUBLISHED, model, bench.PUBLISHED[model] | small)
+    flags = dict(resolution=64, batch_size=1, repeat=1, device="cpu", out=tmp_path / "rows.jsonl")
+    bench.main(SimpleNamespace(model=model, compile=False, checkpointing=True, **flags))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and all(row["images_per_s"] > 0 for row in rows)
+    assert "stage 2, update" in capsys.readouterr().out
+
+
+def test_compiled_blocks_compute_the_same_for_every_role(monkeypatch):
+    """dynamo traces the blocks with the adapters that are on (backend "eager": no compiler needed)."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="eager"))
+    backbone = models.load("classroom")
+    for name in ("generator", "fake"):
+        for p in models.add_adapter(backbone.transformer, name, 4, 8, generator=models.seeded(name)):
+            p.data += 0.05 * torch.randn(p.shape, generator=models.seeded("B", name, tuple(p.shape)))
+        backbone.roles[name] = (name,)
+    x, cond = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x")), backbone.encode(["a circle"] * 3)
+
+    def run():
+        v = {role: backbone.velocity(x, 0.5, cond, role=role) for role in ("teacher", "generator", "fake")}
+        fake = models.adapter_parameters(backbone.transformer, "fake")
+        return [*v.values(), *torch.autograd.grad(v["fake"].square().mean(), fake)]
+
+    want = run()
+    models.compile_blocks(backbone)
+    for _ in range(2):
+        for a, b in zip(run(), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_weights_of_another_family_are_refused(folders):

@@ -1,0 +1,203 @@
+"""Speed and memory of both stages at published size, with random weights and dummy embeddings: nothing is downloaded.
+
+    python tests/bench.py --model sd35                     one GPU: ms, images/s, MFU, peak GB of the four parts
+    python tests/bench.py --model flux1 --batch_size 4 --compile
+    python tests/bench.py                                  the classroom, on a CPU
+
+Stage 1: a fake-score step (rollout of k = 2, L_ac and L_cons) and a generator step (rollout, teacher with guidance,
+L_G). Stage 2: a rollout with decoding, and the update of one micro-batch (fake score, two chosen steps, the leash).
+MFU: matrix products and attention of the forwards, as torch counts them, a backward as one forward more (the frozen
+base needs no weight gradients), over the device's dense bf16 peak. A recomputed forward is not counted.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import acdmd  # noqa: E402
+import models  # noqa: E402
+import rtdmd  # noqa: E402
+
+SD3 = dict(sample_size=128, attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=1536)
+SD3 |= dict(pooled_projection_dim=2048, in_channels=16, out_channels=16, patch_size=2, num_layers=24)
+SD3 |= dict(num_attention_heads=24)
+PUBLISHED = {  # model -> numbers of its transformer
+    "sd3": SD3 | dict(pos_embed_max_size=192),
+    "sd35": SD3 | dict(pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
+    "flux1": dict(guidance_embeds=True),
+    "flux2-4b": dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680)
+    | dict(guidance_embeds=False),
+    "flux2-9b": dict(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288)
+    | dict(guidance_embeds=False),
+}
+TEXT = {"sd3": 205, "flux1": 512, "flux2": 512}  # tokens; SD3: 77 of CLIP and 128 of T5
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s
+
+
+def random_backbone(model, device, dtype, resolution=None):
+    """models.Backbone of a published architecture with random weights, and dummy embeddings of one prompt."""
+    facts = models.BACKBONES[model]
+    family = models.FAMILIES[facts["family"]]
+    cls = getattr(diffusers, family.network_class)
+    with torch.device("meta"):
+        networks = [cls(**PUBLISHED[model]) for _ in range(2 if "student" in facts else 1)]
+    for i, network in enumerate(networks):
+        networks[i] = network.to(dtype).to_empty(device=device)
+        for name, p in networks[i].named_parameters():
+            torch.nn.init.ones_(p) if "norm" in name and p.ndim == 1 else torch.nn.init.normal_(p, std=0.02)
+        for b in networks[i].buffers():  # position tables: any numbers do
+            torch.nn.init.normal_(b) if b.is_floating_point() else b.zero_()
+    wide = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+    wide |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    if family is models.Flux2:
+        vae = diffusers.AutoencoderKLFlux2()
+    else:
+        vae = diffusers.AutoencoderKL(
+            **wide,
+            latent_channels=16,
+            scaling_factor=0.36,
+            shift_factor=0.12,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    dynamic = family is not models.SD3
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=dynamic, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
+    )
+    pipeline = getattr(diffusers, family.pipeline)
+    names = "_pack_latents _unpack_latents _prepare_latent_image_ids _prepare_latent_ids _prepare_text_ids".split()
+    pipe = SimpleNamespace(**{n: getattr(pipeline, n) for n in [*names, "_unpatchify_latents"] if hasattr(pipeline, n)})
+    pipe.transformer, pipe.vae, pipe.scheduler, pipe.vae_scale_factor = networks[0], vae.to(dtype), scheduler, 8
+    student = networks[1] if len(networks) > 1 else None
+    backbone = family(pipe, resolution or facts["resolution"], facts["text_tokens"], device, dtype, student)
+    models.shard(backbone)
+    config = networks[0].config
+    cond = {"encoder_hidden_states": torch.randn(TEXT[family.family], config.joint_attention_dim)}
+    if family is not models.Flux2:
+        cond["pooled_projections"] = torch.randn(config.pooled_projection_dim)
+    backbone._embeddings = {prompt: {k: v.to(dtype) for k, v in cond.items()} for prompt in ("", "a prompt")}
+    return backbone
+
+
+def forward_flops(backbone, cond):
+    """FLOP of one forward of one sample, counted by torch (matrix products and attention)."""
+    x, one = torch.randn(1, *backbone.latent_shape, device=backbone.device), {k: v[:1] for k, v in cond.items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone.velocity(x, 0.5, one, role="generator")
+    return counter.get_total_flops()
+
+
+def measure(step, device, repeat):
+    """(seconds a call, peak GB) after a warm-up call."""
+    step(), step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / repeat
+    return seconds, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
+
+
+def main(args):
+    _, _, device = models.setup_distributed(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if args.model == "classroom":
+        backbone = models.load("classroom", device=device, dtype=dtype)
+        backbone.encode(["", "a prompt"])
+    else:
+        backbone = random_backbone(args.model, device, dtype, args.resolution)
+    one = acdmd.parse_args(["--model", args.model, "--prompts", __file__][: 2 if args.model == "classroom" else 4])
+    n = args.batch_size or one.batch_size
+    home = {"generator": backbone.student, "fake": backbone.transformer}
+    optimizers = {}
+    for name, network in home.items():
+        parameters = models.add_adapter(network, name, 32, 64, generator=models.seeded(name))
+        optimizers[name] = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
+        backbone.roles[name] = (name,)
+    for network in backbone.networks() if args.checkpointing else ():
+        models.enable_checkpointing(network)
+    if args.compile:
+        models.compile_blocks(backbone)
+    cond, uncond = backbone.encode(["a prompt"] * n), backbone.encode([""])
+    sigmas, indices = backbone.sigmas(), range(n)
+    guided = backbone.passes(one.guidance_scale)
+    c = min(n, one.consistency_batch or n)
+    two = SimpleNamespace(**vars(one), policy_weight=1.0, dm_weight=1e-3, bp_weight=0.0, clip_range=1e-5)
+
+    def fake_step():
+        x_s, sigma_s = acdmd.rollout(backbone, cond, sigmas, 2, one, indices, (0,))
+        loss_ac, loss_cons = acdmd.fake_losses(backbone, cond, x_s, sigma_s, one, indices, (1,))
+        (loss_ac + one.gamma * loss_cons).backward()
+        models.step_optimizer(optimizers["fake"], 1e-5, 1)
+
+    def generator_step():
+        x_s, sigma_s = acdmd.rollout(backbone, cond, sigmas, 2, one, indices, (2,), grad=True)
+        acdmd.generator_loss(backbone, cond, uncond, x_s, sigma_s, one, indices, (3,)).backward()
+        models.step_optimizer(optimizers["generator"], 1e-5, 1)
+
+    def rollout_step():
+        backbone.decode(models.sample_latents(backbone, ["a prompt"] * n, sigmas, 0.9))
+
+    x0 = torch.randn(n, *backbone.latent_shape, device=device)
+
+    def update_step():
+        loss_ac, loss_cons = rtdmd.fake_loss(backbone, cond, x0, two, indices, (4,))
+        (loss_ac + two.gamma * loss_cons).backward()
+        models.step_optimizer(optimizers["fake"], 1e-5, 1)
+        for sigma, sigma_next in ((sigmas[0], sigmas[1]), (sigmas[1], sigmas[2])):
+            log_prob = models.cps_log_prob(x0, x0, backbone.velocity(x0, sigma, cond), sigma, sigma_next, 0.9)
+            rtdmd.policy_loss(log_prob, log_prob.detach(), torch.ones(n, device=device)).backward()
+        out = models.cps_step(x0, backbone.velocity(x0, sigmas[3], cond), sigmas[3], 0.0)
+        g_dm, _, _, _ = rtdmd.last_step_gradients(backbone, None, None, cond, uncond, out, two, indices, (5,))
+        out.backward(g_dm)
+        models.step_optimizer(optimizers["generator"], 1e-5, 1)
+
+    parts = {  # forwards of a sample; one with its backward counts as 2
+        "stage 1, fake score": (fake_step, 2 + 2 + 4 * c / n),
+        "stage 1, generator": (generator_step, 1 + 2 + guided + 1),
+        "stage 2, rollout": (rollout_step, 4),
+        "stage 2, update": (update_step, 2 + 4 * c / n + 4 + 2 + guided + 1),
+    }
+    flops = forward_flops(backbone, cond)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = next((flops for key, flops in PEAK.items() if key in name), None)
+    total = sum(p.numel() for network in backbone.networks() for p in network.parameters())
+    print(f"{args.model} on {name}, torch {torch.__version__}, {dtype}, batch {n}")
+    print(f"{total / 1e6:.1f} M parameters, {flops / 1e9:.3g} GFLOP a forward")
+    print(f"{'part':22}{'ms':>10}{'images/s':>10}{'MFU':>8}{'peak GB':>9}")
+    for part, (step, forwards) in parts.items():
+        seconds, gigabytes = measure(step, device, args.repeat)
+        mfu = forwards * n * flops / seconds / peak if peak else float("nan")
+        row = {"part": part, "ms": 1000 * seconds, "images_per_s": n / seconds, "mfu": mfu, "peak_gb": gigabytes}
+        print(f"{part:22}{row['ms']:10.1f}{row['images_per_s']:10.2f}{mfu:8.1%}{gigabytes:9.1f}", flush=True)
+        if args.out:
+            with args.out.open("a") as file:
+                print(
+                    json.dumps({"model": args.model, "device": name, "batch": n, "compile": args.compile} | row),
+                    file=file,
+                )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model", default="classroom", choices=models.BACKBONES)
+    parser.add_argument("--resolution", type=int, help="pixels a side (default: the backbone's)")
+    parser.add_argument("--batch_size", type=int, help="images (default: stage 1's preset)")
+    parser.add_argument("--repeat", type=int, default=5, help="timed calls of each part")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path, help=".jsonl to append the rows to")
+    models.run(main, parser.parse_args())
