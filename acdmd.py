@@ -45,7 +45,6 @@ PRESETS = {  # published settings of each backbone; the classroom's were measure
         consistency_batch=8,
         lr_decay=0.3,
         dtype="float32",
-        checkpointing=False,
         out=Path("out/classroom/acdmd"),
         sample_every=200,
         save_every=200,
@@ -66,7 +65,12 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="covers prompts, noise, k, t, delta and the adapters' initial weights")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing")
+    add(
+        "--checkpointing",
+        default="auto",
+        choices=["auto", "on", "off"],
+        help="of activations; auto: if memory asks for it",
+    )
     add(
         "--shard", default="none", choices=models.SHARD_MODES, help="of the frozen base; full: FSDP2, hybrid: in a node"
     )
@@ -243,7 +247,8 @@ def main(args):
     if state:
         optimizer.load_state_dict(state["optimizer"])
         optimizer_fake.load_state_dict(state["optimizer_fake"])
-    if args.checkpointing:
+    samples = args.batch_size + 2 * (args.consistency_batch or args.batch_size)  # of the fake score's step
+    if models.needs_checkpointing(backbone, args.checkpointing, samples):
         for network in backbone.networks():
             models.enable_checkpointing(network)
     if args.compile:
@@ -312,15 +317,16 @@ def main(args):
             means = {name: torch.stack(values).mean() for name, values in sorted(window.items())}
             means = models.mean_over_ranks(means, world_size)
             models.check_finite(means, step + 1, args.out)
-            speed = batch * (step + 1 - last_step) / (time.perf_counter() - last_log)
+            steps = step + 1 - last_step
+            pace = models.speed(backbone, time.perf_counter() - last_log, steps, batch * steps)
             last_step, last_log = step + 1, time.perf_counter()
-            log.write(step=step + 1, **means, lr=lr_scale * args.lr, images_per_s=speed)
+            log.write(step=step + 1, **means, lr=lr_scale * args.lr, **pace)
             brief = {name: v for name, v in means.items() if name in ("grad_norm/generator", "loss/cons")}
             bar.set_postfix({name: f"{v:.3g}" for name, v in brief.items()})
             window = {}
         if args.sample_every and ((step + 1) % args.sample_every == 0 or step == 0):
             models.sample_grid(backbone, prompts[:16], sigmas, args, rank, f"step_{step + 1:06d}.png")
-        stopped = stop.agreed(world_size, device)
+        stopped = stop.agreed(world_size)
         if saving or stopped:
             checkpoint(step + 1)
         if stopped:

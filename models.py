@@ -9,6 +9,7 @@ eps_hat = x + (1 - sigma) v. All of it is computed in float32, also where the ne
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class UserError(ValueError):
@@ -312,6 +314,38 @@ def merge_adapters(transformer, names):
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
+def needs_checkpointing(backbone, setting, samples):
+    """setting "on" or "off" decides; "auto": would the activations of `samples` take over 70% of the GPU's free memory?
+
+    What one forward keeps for its backward is measured on one sample. Ranks agree, since a recomputed forward of a
+    sharded network needs all of them. A CPU never checkpoints on its own account.
+    """
+    if setting != "auto" or backbone.device.type != "cuda":
+        return setting == "on"
+    need = torch.tensor(samples * saved_bytes(backbone) / torch.cuda.mem_get_info(backbone.device)[0])
+    if dist.is_initialized():
+        dist.all_reduce(need, dist.ReduceOp.MAX)
+    return bool(need > 0.7)
+
+
+def saved_bytes(backbone):
+    """Bytes that a forward of one sample keeps for its backward, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for network in backbone.networks() for p in network.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x, cond = torch.randn(1, *backbone.latent_shape, device=backbone.device), backbone.encode([""])
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        v = backbone.velocity(x.requires_grad_(), 0.5, cond)  # the graph must live until all is counted
+    del v
+    return sum(kept.values())
+
+
 def enable_checkpointing(transformer):
     """Activation checkpointing that recomputes a block with the adapters it ran with.
 
@@ -398,6 +432,7 @@ class Backbone:
             prepare_for_lora(network, self.lora_targets, self.device)
         self.roles = {"teacher": (), "generator": (), "fake": ()}  # role -> names of its adapters
         self._embeddings = {}  # prompt -> {name: its row}, on the CPU
+        self.evaluations = 0  # of the network by one sample since the last log line; with gradient they count twice
 
     def networks(self):
         """The different transformers: one, or FLUX.2's two."""
@@ -438,12 +473,21 @@ class Backbone:
                 raise UserError('guidance_scale > 1 needs uncond: pass uncond=backbone.encode([""])')
             cond = {key: torch.cat([uncond[key].expand_as(cond[key]), cond[key]]) for key in cond}
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
+        self.evaluations += len(x) * (1 + torch.is_grad_enabled())  # a frozen base's backward costs one forward
         with adapters(network, *self.roles[role]), self.autocast():
             v = self.predict(network, x, sigma, cond, guidance_scale).float()
         if guided:
             v_uncond, v_cond = v.chunk(2)
             v = v_uncond + guidance_scale * (v_cond - v_uncond)
         return v
+
+    @functools.cached_property
+    def flops(self):
+        """FLOP of one evaluation by one sample, as torch counts matrix products and attention."""
+        x, cond = torch.randn(1, *self.latent_shape, device=self.device), self.encode([""])
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.velocity(x, 0.5, cond)
+        return counter.get_total_flops()
 
     def passes(self, guidance_scale):
         """Network evaluations of one guided velocity."""
@@ -658,7 +702,8 @@ def shard(backbone, mode="none", offload_frozen=False):
         return
     kind = backbone.device.type
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     n = dist.get_world_size()
     share = {"none": 1, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", n))}.get(mode, n)  # processes a copy lies on
     mesh = init_device_mesh(kind, (n // share, share), mesh_dim_names=("replicate", "shard"))
@@ -739,6 +784,26 @@ def sample_grid(backbone, prompts, sigmas, args, rank, name):
             save_grid(backbone.decode(latents), Path(args.out) / "samples" / name, columns=8)
 
 
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s
+
+
+def speed(backbone, seconds, steps, images):
+    """{seconds a step, images_per_s of all processes, and on a GPU peak_gb and mfu}, since the last call.
+
+    MFU = evaluations x FLOP of one / seconds / peak FLOP/s of the device; recomputed forwards are not counted.
+    """
+    row = {"seconds": seconds / steps, "images_per_s": images / seconds}
+    if backbone.device.type == "cuda":
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        name = torch.cuda.get_device_name(backbone.device)
+        peak = next((flops for key, flops in PEAK.items() if key in name), None)
+        if peak and backbone.dtype == torch.bfloat16:
+            done = backbone.evaluations
+            row["mfu"] = done * backbone.flops / seconds / peak
+    backbone.evaluations = 0
+    return row
+
+
 def save_grid(images, path, columns, gap=2):
     """Write images [B, 3, H, W] in [0, 1] as one picture, `gap` white pixels between them."""
     from PIL import Image
@@ -771,7 +836,7 @@ def setup_distributed(device=None):
     elif world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return rank, world_size, torch.device(device)
 
 
@@ -853,10 +918,10 @@ class StopSignal:
             raise SystemExit(1)
         self.asked = True
 
-    def agreed(self, world_size, device):
-        """True on every rank as soon as one rank was asked."""
+    def agreed(self, world_size):
+        """True on every rank as soon as one rank was asked. Over the CPU: the GPUs need not catch up for it."""
         if world_size > 1:
-            flag = torch.tensor(float(self.asked), device=device)
+            flag = torch.tensor(float(self.asked))
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.asked = bool(flag.item())
         return self.asked

@@ -59,7 +59,6 @@ PRESETS = {
         consistency_batch=8,
         ema_every=2,
         dtype="float32",
-        checkpointing=False,
         out=Path("out/classroom/rtdmd"),
         distilled=Path("out/classroom/acdmd/final"),
         sample_every=50,
@@ -88,7 +87,12 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="covers prompts, noise, chosen steps and the adapters' initial weights")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing")
+    add(
+        "--checkpointing",
+        default="auto",
+        choices=["auto", "on", "off"],
+        help="of activations; auto: if memory asks for it",
+    )
     add(
         "--shard", default="none", choices=models.SHARD_MODES, help="of the frozen base; full: FSDP2, hybrid: in a node"
     )
@@ -364,7 +368,8 @@ def main(args):
     if state:
         optimizer.load_state_dict(state["optimizer"])
         optimizer_fake.load_state_dict(state["optimizer_fake"])
-    if args.checkpointing:
+    samples = args.batch_size + 2 * (args.consistency_batch or args.batch_size)  # of the fake score's step
+    if models.needs_checkpointing(backbone, args.checkpointing, samples):
         for network in backbone.networks():
             models.enable_checkpointing(network)
     if args.compile:
@@ -476,9 +481,10 @@ def main(args):
         models.check_finite(row, epoch + 1, args.out)
         row |= {f"reward/{name}": r.mean().item() for name, r in scores.items()}
         seconds = time.perf_counter() - began
-        log.write(step=epoch + 1, **row, images_per_s=n_images / seconds, sampling_share=(sampled - began) / seconds)
+        pace = models.speed(backbone, seconds, 1, n_images)
+        log.write(step=epoch + 1, **row, lr=lr_scale * args.lr, **pace, sampling_share=(sampled - began) / seconds)
         bar.set_postfix({name: f"{r.mean().item():.3f}" for name, r in scores.items()})
-        stopped = stop.agreed(world_size, device)
+        stopped = stop.agreed(world_size)
         if args.sample_every and ((epoch + 1) % args.sample_every == 0 or epoch == 0):
             shown = [prompt for prompt, _ in pairs[:16]]
             models.sample_grid(backbone, shown, sigmas, args, rank, f"epoch_{epoch + 1:06d}.png")

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 import diffusers
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import acdmd  # noqa: E402
@@ -39,7 +38,6 @@ PUBLISHED = {  # model -> numbers of its transformer
     | dict(guidance_embeds=False),
 }
 TEXT = {"sd3": 205, "flux1": 512, "flux2": 512}  # tokens; SD3: 77 of CLIP and 128 of T5
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s
 
 
 def random_backbone(model, device, dtype, resolution=None):
@@ -87,27 +85,19 @@ def random_backbone(model, device, dtype, resolution=None):
     return backbone
 
 
-def forward_flops(backbone, cond):
-    """FLOP of one forward of one sample, counted by torch (matrix products and attention)."""
-    x, one = torch.randn(1, *backbone.latent_shape, device=backbone.device), {k: v[:1] for k, v in cond.items()}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        backbone.velocity(x, 0.5, one, role="generator")
-    return counter.get_total_flops()
-
-
-def measure(step, device, repeat):
-    """(seconds a call, peak GB) after a warm-up call."""
+def measure(step, backbone, images, repeat):
+    """models.speed of `repeat` calls after two to warm up."""
+    cuda = backbone.device.type == "cuda"
     step(), step()
-    if device.type == "cuda":
+    if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    backbone.evaluations, start = 0, time.perf_counter()
     for _ in range(repeat):
         step()
-    if device.type == "cuda":
+    if cuda:
         torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / repeat
-    return seconds, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
+    return models.speed(backbone, time.perf_counter() - start, repeat, images * repeat)
 
 
 def main(args):
@@ -132,8 +122,6 @@ def main(args):
         models.compile_blocks(backbone)
     cond, uncond = backbone.encode(["a prompt"] * n), backbone.encode([""])
     sigmas, indices = backbone.sigmas(), range(n)
-    guided = backbone.passes(one.guidance_scale)
-    c = min(n, one.consistency_batch or n)
     two = SimpleNamespace(**vars(one), policy_weight=1.0, dm_weight=1e-3, bp_weight=0.0, clip_range=1e-5)
 
     def fake_step():
@@ -164,28 +152,24 @@ def main(args):
         out.backward(g_dm)
         models.step_optimizer(optimizers["generator"], 1e-5, 1)
 
-    parts = {  # forwards of a sample; one with its backward counts as 2
-        "stage 1, fake score": (fake_step, 2 + 2 + 4 * c / n),
-        "stage 1, generator": (generator_step, 1 + 2 + guided + 1),
-        "stage 2, rollout": (rollout_step, 4),
-        "stage 2, update": (update_step, 2 + 4 * c / n + 4 + 2 + guided + 1),
-    }
-    flops = forward_flops(backbone, cond)
+    parts = {"stage 1, fake score": fake_step, "stage 1, generator": generator_step}
+    parts |= {"stage 2, rollout": rollout_step, "stage 2, update": update_step}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    peak = next((flops for key, flops in PEAK.items() if key in name), None)
     total = sum(p.numel() for network in backbone.networks() for p in network.parameters())
     print(f"{args.model} on {name}, torch {torch.__version__}, {dtype}, batch {n}")
-    print(f"{total / 1e6:.1f} M parameters, {flops / 1e9:.3g} GFLOP a forward")
+    print(f"{total / 1e6:.1f} M parameters, {backbone.flops / 1e9:.3g} GFLOP a forward")
     print(f"{'part':22}{'ms':>10}{'images/s':>10}{'MFU':>8}{'peak GB':>9}")
-    for part, (step, forwards) in parts.items():
-        seconds, gigabytes = measure(step, device, args.repeat)
-        mfu = forwards * n * flops / seconds / peak if peak else float("nan")
-        row = {"part": part, "ms": 1000 * seconds, "images_per_s": n / seconds, "mfu": mfu, "peak_gb": gigabytes}
-        print(f"{part:22}{row['ms']:10.1f}{row['images_per_s']:10.2f}{mfu:8.1%}{gigabytes:9.1f}", flush=True)
+    for part, step in parts.items():
+        row = measure(step, backbone, n, args.repeat)
+        more = f"{row['mfu']:8.1%}" if "mfu" in row else f"{'-':>8}"
+        more += f"{row['peak_gb']:9.1f}" if "peak_gb" in row else f"{'-':>9}"
+        print(f"{part:22}{1000 * row['seconds']:10.1f}{row['images_per_s']:10.2f}{more}", flush=True)
         if args.out:
             with args.out.open("a") as file:
                 print(
-                    json.dumps({"model": args.model, "device": name, "batch": n, "compile": args.compile} | row),
+                    json.dumps(
+                        {"model": args.model, "device": name, "batch": n, "compile": args.compile, "part": part} | row
+                    ),
                     file=file,
                 )
 

@@ -302,3 +302,21 @@ def test_a_saved_stack_loads_in_diffusers_and_gives_the_same_image(backbone, tmp
     with torch.no_grad():
         assert (backbone.decode(latents) - want).abs().max() < 1e-4
         assert (backbone.decode(plain) - want).abs().max() > 1e-2
+
+
+def test_saved_bytes_grow_with_what_a_backward_needs(backbone):
+    """Against the memory of the graph by hand: a checkpointed forward keeps the blocks' inputs only."""
+    whole = models.saved_bytes(backbone)
+    models.enable_checkpointing(backbone.transformer)
+    try:
+        less = models.saved_bytes(backbone)
+    finally:
+        backbone.transformer.disable_gradient_checkpointing()
+    tokens = 16 + len(backbone.encode([""])["encoder_hidden_states"][0])
+    assert whole > 5 * less > 0
+    assert 10 < whole / (4 * tokens * 128 * 4) < 60  # 10 to 60 numbers a token, layer and channel (width 128, 4 layers)
+
+
+def test_checkpointing_is_automatic_on_gpus_only(backbone):
+    asked = [models.needs_checkpointing(backbone, setting, 10**9) for setting in ("auto", "on", "off")]
+    assert asked == [False, True, False]

@@ -20,7 +20,7 @@ from classroom import demo
 ROOT = Path(__file__).parent.parent
 SMALL_1 = "--batch_size 4 --consistency_batch 2 --rank 4 --log_every 1 --sample_every 0 --fake_update_ratio 2".split()
 SMALL_2 = "--batch_size 4 --batches 2 --group_size 4 --consistency_batch 2 --sample_every 0 --ema_every 2".split()
-VOLATILE = ("images_per_s", "sampling_share")
+VOLATILE = ("images_per_s", "sampling_share", "seconds", "peak_gb", "mfu")
 
 
 def stage_1(out, *flags):
@@ -76,7 +76,7 @@ def test_stage_2_trains_and_resumes_exactly(distilled, tmp_path):
 SHARDED = {  # run name -> flags
     "none": [],
     "full": ["--shard", "full"],
-    "grad": ["--shard", "grad", "--checkpointing"],
+    "grad": ["--shard", "grad", "--checkpointing", "on"],
     "hybrid": ["--shard", "hybrid"],
     "offload": ["--shard", "full", "--offload_frozen"],
     "offload_whole": ["--offload_frozen"],
