@@ -273,7 +273,7 @@ def main(args):
         if rank == 0:
             state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
             state["window"] = {name: [float(v) for v in values] for name, values in window.items()}
-            models.save_checkpoint(args.out, step, home, state, args, final=final)
+            models.save_checkpoint(args.out, step, home, state, args, __file__, final=final)
 
     def batch_for(step, use):
         """Text embeddings of this rank's prompts and the shared k. Fake score and generator draw their own."""

@@ -952,55 +952,93 @@ class EMA:
 class RunLog:
     """log.jsonl, and Weights & Biases if asked for. On other ranks than 0 it does nothing.
 
-    start: the step the run goes on from; rows of an earlier run in the same folder beyond it are dropped.
+    start: the step the run goes on from; rows of an earlier run in the same folder beyond it are dropped, with its
+    checkpoints, and so is what a killed process left half written.
     """
 
     def __init__(self, out, rank, args, start=0, wandb=False):
         self.file, self.wandb = None, None
-        if rank == 0:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            (Path(out) / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
-            log = Path(out) / "log.jsonl"
-            rows = log.read_text().splitlines(keepends=True) if start and log.is_file() else []
-            log.write_text("".join(row for row in rows if json.loads(row)["step"] <= start))
-            for old in [*Path(out).glob("step_*"), Path(out) / "final"]:  # what an earlier run in this folder left
-                if old.is_dir() and (old.name == "final" or int(old.name[5:]) > start):
+        if rank > 0:
+            return
+        out = Path(out)
+        log = out / "log.jsonl"
+        with named_failure(f"cannot write to --out {out}"):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+            rows = log.read_text().splitlines() if start and log.is_file() else []
+            log.write_text("".join(row + "\n" for row in rows if step_of(row) <= start))
+            for old in [*out.glob("step_*"), *out.glob(".*.partial"), out / "final"]:
+                if old.is_dir() and (not old.name.startswith("step_") or int(old.name[5:]) > start):
                     shutil.rmtree(old)
             self.file = log.open("a")
-            if wandb:
-                try:
-                    import wandb as wandb_package
-                except ImportError:
-                    raise UserError("--wandb needs a package: pip install wandb") from None
+        if wandb:
+            try:
+                import wandb as wandb_package
+            except ImportError:
+                raise UserError("--wandb needs a package: pip install wandb") from None
 
-                self.wandb = wandb_package.init(dir=out, config=vars(args))
+            self.wandb = wandb_package.init(dir=out, config=vars(args))
 
     def write(self, **row):
         if self.file:
             row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-            print(json.dumps(row), file=self.file, flush=True)
+            with named_failure(f"cannot write to {self.file.name}"):
+                print(json.dumps(row), file=self.file, flush=True)
             if self.wandb:
                 self.wandb.log(row)
 
 
-def save_checkpoint(out, step, home, state, args, keep=2, final=False):
-    """Write out/step_NNNNNN (or out/final) aside, then rename it; older step folders beyond `keep` are removed.
+def step_of(line):
+    """Step of a log line; infinity for a line that a killed process left half written."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
 
-    home: {adapter: its transformer}, each a folder that diffusers can load; `state` (optimisers, counters): state.pt.
+
+@contextlib.contextmanager
+def named_failure(what):
+    """A full disk, a read-only folder and the like become one line that says what could not be done."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.save have errors of their own
+        raise UserError(f"{what}: {str(error).splitlines()[0]}") from error
+
+
+def save_checkpoint(out, step, home, state, args, source, keep=2, final=False):
+    """Write out/step_NNNNNN (or out/final) aside, flush it, then rename it; older step folders beyond `keep` go.
+
+    home: {adapter: its transformer}, each a folder that diffusers can load; `state` (optimisers, counters): state.pt;
+    source: the script, copied for the record. A process killed at any moment leaves whole checkpoints only.
     """
     target = Path(out) / ("final" if final else f"step_{step:06d}")
     aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    for name, transformer in home.items():
-        save_adapter(transformer, name, aside / name)
-    torch.save({"step": step, **state}, aside / "state.pt")
-    (aside / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
-    if target.exists():
-        shutil.rmtree(target)
-    aside.rename(target)
+    whole = sorted(Path(out).glob("step_*"))
+    hint = f"the last good checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
+    with named_failure(f"cannot save {target} ({hint})"):
+        shutil.rmtree(aside, ignore_errors=True)
+        for name, transformer in home.items():
+            save_adapter(transformer, name, aside / name)
+        torch.save({"step": step, **state}, aside / "state.pt")
+        (aside / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+        shutil.copy(source, aside)
+        for path in [*aside.rglob("*"), aside]:  # the rename must not reach the disk before the files do
+            flush(path)
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+        flush(target.parent)
     for old in sorted(Path(out).glob("step_*"))[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+def flush(path):
+    """Have the operating system write a file or folder to the disk."""
+    if os.name == "posix" or path.is_file():  # Windows cannot open folders
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def load_checkpoint(folder, home):
@@ -1013,9 +1051,14 @@ def load_checkpoint(folder, home):
                 f"--resume {folder}: no checkpoint there; give a run folder or one of its step_NNNNNN folders"
             )
         folder = steps[-1]
-    for name, transformer in home.items():
-        load_adapter(transformer, name, folder / name, trainable=not name.endswith("_ema"))
+    older = [path for path in sorted(folder.parent.glob("step_*")) if path.name < folder.name]
+    hint = f"the next older one: --resume {older[-1]}" if older else "there is no older one beside it"
     try:
-        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{folder}/state.pt is cut short or no checkpoint: --resume another step_* folder") from error
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        for name, transformer in home.items():
+            load_adapter(transformer, name, folder / name, trainable=not name.endswith("_ema"))
+        if not {"step", "optimizer", "optimizer_fake"} <= set(state):
+            raise UserError("state.pt is not of this stage")
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder} is torn or no checkpoint: {str(error).splitlines()[0]}; {hint}") from error
+    return state

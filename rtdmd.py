@@ -50,11 +50,11 @@ PRESETS = {
         batch_size=48,
         batches=4,
         epochs=220,
-        lr=1.5e-3,
+        lr=1e-3,
         lr_fake=1e-3,
-        lr_decay=0.3,
+        lr_decay=0.5,
         init_std=1 / 32,
-        dm_weight=0.02,
+        dm_weight=0.01,
         bp_weight=0.1,
         consistency_batch=8,
         ema_every=2,
@@ -387,7 +387,7 @@ def main(args):
     def checkpoint(step, final=False):
         if rank == 0:
             state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
-            models.save_checkpoint(args.out, step, home, state, args, final=final)
+            models.save_checkpoint(args.out, step, home, state, args, __file__, final=final)
 
     bar = tqdm(range(start, args.epochs), "RTDMD", initial=start, total=args.epochs, disable=rank > 0)
     for epoch in bar:

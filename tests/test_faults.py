@@ -1,0 +1,157 @@
+"""Runs that are killed, disks that are full, checkpoints that are torn: nothing is lost, nothing is half loaded."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline  # noqa: F401 (once, not in each forked process)
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel  # noqa: F401
+
+import acdmd
+import models
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = (
+    "--batch_size 2 --consistency_batch 1 --rank 2 --log_every 1 --sample_every 0 --fake_update_ratio 2 --save_every 1"
+)
+KILLS, STEPS = 40, 120
+
+
+def life(flags, started):
+    """One process of a run whose saving is slow, so that many kills fall into it."""
+    torch.set_num_threads(1)
+    save = models.save_adapter
+
+    def slow(*args):
+        save(*args)
+        time.sleep(0.03)
+
+    models.save_adapter = slow
+    step = acdmd.step_optimizer
+    acdmd.step_optimizer = lambda *args: (started.set(), step(*args))[1]
+    with open(os.devnull, "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
+        acdmd.main(acdmd.parse_args(flags))
+
+
+def log(out):
+    volatile = ("images_per_s", "seconds")
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in volatile} for row in rows]
+
+
+def test_forty_kills_change_nothing(tmp_path):
+    """kill -9 at random moments, also inside a save: every time the run goes on, to the bit-identical end."""
+    flags = [*FLAGS.split(), "--steps", str(STEPS), "--device", "cpu"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    acdmd.main(acdmd.parse_args([*flags, "--out", str(tmp_path / "whole"), "--save_every", "60"]))
+    torch.set_num_threads(threads)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_faults"])
+    rng, out, kills, inside = np.random.default_rng(0), tmp_path / "killed", 0, 0
+    while True:
+        resume = ["--resume", str(out)] if list(out.glob("step_*")) else []
+        started = context.Event()
+        process = context.Process(target=life, args=([*flags, "--out", str(out), *resume], started))
+        process.start()
+        if kills < KILLS:
+            started.wait(60)
+            process.join(rng.uniform(0, 0.4))
+            assert process.exitcode is None, f"the run ended after {kills} kills: make it longer"
+            process.kill()
+            process.join()
+            kills += 1
+            inside += bool(list(out.glob(".*.partial")))
+        else:
+            process.join()
+            assert process.exitcode == 0
+            break
+    assert inside >= 5, "hardly a kill fell into a save: make it slower"
+    assert log(out) == log(tmp_path / "whole")
+    for name in ("generator", "generator_ema", "fake"):
+        a, b = (models.load_file(run / "final" / name / models.LORA_FILE) for run in (tmp_path / "whole", out))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert not list(out.glob(".*.partial")) and (out / "final" / "acdmd.py").is_file()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of two steps with a checkpoint each."""
+    acdmd.main(acdmd.parse_args([*FLAGS.split(), "--steps", "2", "--out", str(tmp_path / "run")]))
+    return tmp_path / "run"
+
+
+def resume(out, *more):
+    acdmd.main(acdmd.parse_args([*FLAGS.split(), "--steps", "3", "--out", str(out), "--resume", str(out), *more]))
+
+
+@pytest.mark.parametrize("file", ("state.pt", f"fake/{models.LORA_FILE}", f"generator/{models.LORA_FILE}"))
+def test_a_torn_checkpoint_is_refused_and_the_older_one_offered(run, file):
+    path = run / "step_000002" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(models.UserError, match="step_000002 is torn or no checkpoint.*step_000001"):
+        resume(run)
+    resume(run, "--resume", str(run / "step_000001"))
+    assert (run / "final").is_dir() and len(log(run)) == 3
+
+
+def test_a_checkpoint_of_the_other_stage_is_refused(run, tmp_path):
+    import rtdmd
+
+    small = "--batch_size 2 --batches 1 --group_size 2 --sample_every 0 --epochs 1".split()
+    flags = [*small, "--distilled", str(run / "final"), "--out", str(tmp_path / "rl"), "--resume", str(run)]
+    with pytest.raises(models.UserError, match="step_000002 is torn or no checkpoint: no adapter at .*/rl"):
+        rtdmd.main(rtdmd.parse_args(flags))
+
+
+def test_a_log_with_a_half_written_line_is_mended(run):
+    with (run / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss/ac')
+    resume(run)
+    assert [row["step"] for row in log(run)] == [1, 2, 3]
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(run):
+    """A limit on file sizes stands in for the full disk: the write itself fails, in the middle of a file."""
+    flags = [*FLAGS.split(), "--steps", "4", "--out", str(run), "--resume", str(run)]
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command = [sys.executable, "acdmd.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "cannot save" in said and "the last good checkpoint is" in said, done.stderr[-2000:]
+    assert sorted(path.name for path in run.glob("step_*")) == ["step_000001", "step_000002"]
+    resume(run)
+
+
+@pytest.mark.parametrize("out", ("/sys/run", "{tmp}/file/run"))
+def test_an_out_folder_that_cannot_be_written_is_named(tmp_path, out):
+    (tmp_path / "file").write_text("")
+    flags = [*FLAGS.split(), "--steps", "1", "--out", out.format(tmp=tmp_path)]
+    with pytest.raises(models.UserError, match="cannot write to --out"):
+        acdmd.main(acdmd.parse_args(flags))
+
+
+def test_a_malicious_checkpoint_is_refused_and_does_not_run(run, tmp_path):
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    (run / "step_000002" / "state.pt").write_bytes(pickle.dumps({"step": Payload()}))
+    with pytest.raises(models.UserError, match="is torn or no checkpoint"):
+        resume(run)
+    assert not (tmp_path / "executed").exists()
