@@ -93,6 +93,7 @@ def parse_args(argv=None):
     add("--plain_dmd", action="store_true", help="ablation: match x0_hat of every step at s = 0, no sub-intervals")
     add("--ema_decay", type=float, default=0.99, help="paper: 0.99, every iteration")
     add("--log_every", type=int, default=10, help="iterations")
+    add("--skip_nonfinite", type=int, default=0, help="gradients in a row that may be not finite and are skipped")
     add("--sample_every", type=int, default=500, help="iterations between sample grids; 0: none")
     add("--save_every", type=int, default=500, help="iterations between checkpoints")
     known, _ = p.parse_known_args(argv)
@@ -272,7 +273,7 @@ def main(args):
     def checkpoint(step, final=False):
         if rank == 0:
             state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
-            state["window"] = {name: [float(v) for v in values] for name, values in window.items()}
+            state["window"] = {name: [(at, float(v)) for at, v in values] for name, values in window.items()}
             models.save_checkpoint(args.out, step, home, state, args, __file__, final=final)
 
     def batch_for(step, use):
@@ -283,7 +284,9 @@ def main(args):
         return backbone.encode([prompts[i] for i in picks]), k, (args.seed, step, use)
 
     # metrics since the last log line; a run that was stopped in between takes its own along
-    window = {name: [torch.tensor(v) for v in values] for name, values in (state or {}).get("window", {}).items()}
+    window = (state or {}).get("window", {})
+    window = {name: [(at, torch.tensor(v, device=device)) for at, v in values] for name, values in window.items()}
+    patience = models.Patience(args.skip_nonfinite, args.out)
     last_step, last_log = start, time.perf_counter()
     bar = tqdm(range(start, args.steps), "AC-DMD", initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
@@ -294,8 +297,9 @@ def main(args):
         x_s, sigma_s = rollout(backbone, cond, sigmas, k, args, indices, key)
         loss_ac, loss_cons = fake_losses(backbone, cond, x_s, sigma_s, args, indices, key)
         (loss_ac + args.gamma * loss_cons).backward()
-        norm = step_optimizer(optimizer_fake, lr_scale * args.lr_fake, world_size)
+        norm = step_optimizer(optimizer_fake, lr_scale * args.lr_fake, world_size, args.skip_nonfinite > 0)
         row = {f"loss/ac_k{k}": loss_ac, "loss/cons": loss_cons, "grad_norm/fake": norm}
+        row = {} if patience.skipped(norm, step + 1, "grad_norm/fake") else row
 
         # 3) generator, on a rollout of its own
         if (step + 1) % args.fake_update_ratio == 0:
@@ -303,24 +307,25 @@ def main(args):
             x_s, sigma_s = rollout(backbone, cond, sigmas, k, args, indices, key, grad=True)
             loss = generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key)
             loss.backward()
-            norm = step_optimizer(optimizer, lr_scale * args.lr, world_size)
-            row |= {f"loss/generator_k{k}": loss, "grad_norm/generator": norm}
+            norm = step_optimizer(optimizer, lr_scale * args.lr, world_size, args.skip_nonfinite > 0)
+            if not patience.skipped(norm, step + 1, "grad_norm/generator"):
+                row |= {f"loss/generator_k{k}": loss, "grad_norm/generator": norm}
 
         # 4) EMA
         ema.update(step)
 
         # log, sample, save
         for name, value in row.items():
-            window.setdefault(name, []).append(value.detach())
+            window.setdefault(name, []).append((step + 1, value.detach()))
         saving = (step + 1) % args.save_every == 0
         if (step + 1) % args.log_every == 0 or saving or step + 1 == args.steps:
-            means = {name: torch.stack(values).mean() for name, values in sorted(window.items())}
+            means = {name: torch.stack([v for _, v in values]).mean() for name, values in sorted(window.items())}
             means = models.mean_over_ranks(means, world_size)
-            models.check_finite(means, step + 1, args.out)
+            models.check_finite(means, step + 1, args.out, window)
             steps = step + 1 - last_step
             pace = models.speed(backbone, time.perf_counter() - last_log, steps, batch * steps)
             last_step, last_log = step + 1, time.perf_counter()
-            log.write(step=step + 1, **means, lr=lr_scale * args.lr, **pace)
+            log.write(step=step + 1, **means, lr=lr_scale * args.lr, skipped=patience.total, **pace)
             brief = {name: v for name, v in means.items() if name in ("grad_norm/generator", "loss/cons")}
             bar.set_postfix({name: f"{v:.3g}" for name, v in brief.items()})
             window = {}

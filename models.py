@@ -850,19 +850,46 @@ def average_gradients(parameters, world_size):
             p.grad = grad.view_as(p)
 
 
-def step_optimizer(optimizer, lr, world_size):
-    """Average the gradients over ranks, clip their norm at 1, step, clear them. Returns the norm before clipping."""
+def step_optimizer(optimizer, lr, world_size, skip_nonfinite=False):
+    """Average the gradients over ranks, clip their norm at 1, step, clear them. Returns the norm before clipping.
+
+    skip_nonfinite: leave weights and moments alone if the norm is not finite; it costs a look at the device each step.
+    """
     parameters = optimizer.param_groups[0]["params"]
     average_gradients(parameters, world_size)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
+    if not skip_nonfinite or norm.isfinite():
+        optimizer.step()
     optimizer.zero_grad()
     return norm
 
 
+class Patience:
+    """Counts gradients of each term that are not finite; more than `most` in a row stop the run."""
+
+    def __init__(self, most, out):
+        self.most, self.out, self.in_a_row, self.total = most, out, {}, 0
+
+    def skipped(self, norm, step, term):
+        """True if step `step` was skipped, which its log line should not average in."""
+        if not self.most or norm.isfinite():
+            self.in_a_row[term] = 0
+            return False
+        self.in_a_row[term], self.total = self.in_a_row.get(term, 0) + 1, self.total + 1
+        if self.in_a_row[term] > self.most:
+            stop_nonfinite(step, f"{term}, {self.in_a_row[term]} times in a row,", self.out)
+        return True
+
+
+def stop_nonfinite(step, term, out):
+    raise SystemExit(f"step {step}: {term} is not finite; nothing was saved from here on. Checkpoints: {out}/step_*")
+
+
 def mean_over_ranks(row, world_size):
     """{name: scalar tensor} -> {name: float}, averaged over ranks: the one device sync of a log line."""
+    if not row:
+        return {}
     values = torch.stack([value.detach().float() for value in row.values()])
     if world_size > 1:
         dist.all_reduce(values)
@@ -870,13 +897,15 @@ def mean_over_ranks(row, world_size):
     return dict(zip(row, values.tolist(), strict=True))
 
 
-def check_finite(means, step, out):
-    """Stop the run if a logged value is not finite, naming a loss before what follows from it."""
+def check_finite(means, step, out, window=None):
+    """Stop the run if a logged value is not finite, naming a loss before what follows from it.
+
+    window: {name: [(step, value), ...]} behind the means, to name the step too.
+    """
     bad = sorted((n for n, v in means.items() if not math.isfinite(v)), key=lambda n: not n.startswith("loss"))
     if bad:
-        raise SystemExit(
-            f"step {step}: {bad[0]} is not finite; nothing was saved from here on. Checkpoints: {out}/step_*"
-        )
+        steps = [at for at, value in (window or {}).get(bad[0], ()) if not math.isfinite(value)]
+        stop_nonfinite(min(steps, default=step), bad[0], out)
 
 
 def gather(objects, world_size):

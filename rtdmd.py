@@ -119,6 +119,7 @@ def parse_args(argv=None):
     add("--gamma", type=float, default=0.01, help="weight of L_cons in L_fake; paper: 0.01")
     add("--consistency_batch", type=int, help="L_cons on this many samples of each micro-batch (default: all)")
     add("--ema_every", type=int, default=8, help="optimiser steps between EMA updates; paper: 8, decay at most 0.9")
+    add("--skip_nonfinite", type=int, default=0, help="gradients in a row that may be not finite and are skipped")
     add("--sample_every", type=int, default=100, help="epochs between sample grids; 0: none")
     add("--save_every", type=int, default=50, help="epochs between checkpoints")
     known, _ = p.parse_known_args(argv)
@@ -389,6 +390,7 @@ def main(args):
             state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
             models.save_checkpoint(args.out, step, home, state, args, __file__, final=final)
 
+    patience = models.Patience(args.skip_nonfinite, args.out)
     bar = tqdm(range(start, args.epochs), "RTDMD", initial=start, total=args.epochs, disable=rank > 0)
     for epoch in bar:
         began = time.perf_counter()
@@ -428,7 +430,9 @@ def main(args):
                 loss_ac, loss_cons = fake_loss(backbone, cond, x0, args, mine[part], (args.seed, epoch, "fake"))
                 ((loss_ac + args.gamma * loss_cons) / args.batches).backward()
                 add_to(sums, {"loss/ac": loss_ac, "loss/cons": loss_cons}, args.batches)
-            sums["grad_norm/fake"] = step_optimizer(optimizer_fake, lr_scale * args.lr_fake, world_size)
+            norm = step_optimizer(optimizer_fake, lr_scale * args.lr_fake, world_size, args.skip_nonfinite > 0)
+            sums["grad_norm/fake"] = norm
+            sums = {} if patience.skipped(norm, epoch + 1, "grad_norm/fake") else sums
 
         # 5) generator
         g = seeded(args.seed, epoch, rank, "order")
@@ -471,7 +475,9 @@ def main(args):
                 f"grad_x0/{k}": len(x0) * g.flatten(1).norm(dim=1).mean() for k, g in (("dm", g_dm), ("bp", g_bp))
             }
             add_to(sums, per_image, args.batches)
-        sums["grad_norm/generator"] = step_optimizer(optimizer, lr_scale * args.lr, world_size)
+        norm = step_optimizer(optimizer, lr_scale * args.lr, world_size, args.skip_nonfinite > 0)
+        sums["grad_norm/generator"] = norm
+        sums = {} if patience.skipped(norm, epoch + 1, "grad_norm/generator") else sums
 
         # 6) EMA
         ema.update(epoch + 1)
@@ -482,7 +488,8 @@ def main(args):
         row |= {f"reward/{name}": r.mean().item() for name, r in scores.items()}
         seconds = time.perf_counter() - began
         pace = models.speed(backbone, seconds, 1, n_images)
-        log.write(step=epoch + 1, **row, lr=lr_scale * args.lr, **pace, sampling_share=(sampled - began) / seconds)
+        pace["sampling_share"] = (sampled - began) / seconds
+        log.write(step=epoch + 1, **row, lr=lr_scale * args.lr, skipped=patience.total, **pace)
         bar.set_postfix({name: f"{r.mean().item():.3f}" for name, r in scores.items()})
         stopped = stop.agreed(world_size)
         if args.sample_every and ((epoch + 1) % args.sample_every == 0 or epoch == 0):

@@ -155,3 +155,51 @@ def test_a_malicious_checkpoint_is_refused_and_does_not_run(run, tmp_path):
     with pytest.raises(models.UserError, match="is torn or no checkpoint"):
         resume(run)
     assert not (tmp_path / "executed").exists()
+
+
+def break_gradients(monkeypatch, module, at):
+    """The fake score's gradient is NaN at the given optimiser steps (0, 1, ...)."""
+    calls, step = [], module.step_optimizer
+
+    def broken(optimizer, lr, *args):
+        if lr == 1.0:  # --lr_fake of these tests
+            calls.append(1)
+            if len(calls) - 1 in at:
+                optimizer.param_groups[0]["params"][1].grad[0, 0] = float("nan")
+        return step(optimizer, lr * 1e-3, *args)
+
+    monkeypatch.setattr(module, "step_optimizer", broken)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_with_step_and_term(tmp_path, monkeypatch):
+    break_gradients(monkeypatch, acdmd, at=(3,))
+    flags = [
+        *FLAGS.split(),
+        "--steps",
+        "20",
+        "--lr_fake",
+        "1",
+        "--lr_decay",
+        "0",
+        "--log_every",
+        "10",
+        "--out",
+        str(tmp_path),
+    ]
+    with pytest.raises(SystemExit, match="step 4: grad_norm/fake is not finite"):
+        acdmd.main(acdmd.parse_args([*flags, "--save_every", "2"]))
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002"]
+
+
+def test_skipped_steps_are_counted_and_change_nothing(tmp_path, monkeypatch):
+    break_gradients(monkeypatch, acdmd, at=(1, 2))
+    flags = [*FLAGS.split(), "--steps", "4", "--lr_fake", "1", "--lr_decay", "0", "--skip_nonfinite"]
+    acdmd.main(acdmd.parse_args([*flags, "2", "--out", str(tmp_path / "two")]))
+    rows = log(tmp_path / "two")
+    assert [row["skipped"] for row in rows] == [0, 1, 2, 2] and "grad_norm/fake" not in rows[1]
+    assert all(np.isfinite(v) for row in rows for v in row.values())
+    tensors = models.load_file(tmp_path / "two/final/fake" / models.LORA_FILE)
+    assert all(torch.isfinite(t).all() for t in tensors.values())
+    break_gradients(monkeypatch, acdmd, at=(1, 2))
+    with pytest.raises(SystemExit, match="step 3: grad_norm/fake, 2 times in a row, is not finite"):
+        acdmd.main(acdmd.parse_args([*flags, "1", "--out", str(tmp_path / "one")]))
