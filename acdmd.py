@@ -105,6 +105,8 @@ def parse_args(argv=None):
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.eta <= 1:
         p.error(f"--eta {args.eta}: allowed is 0 (ODE) to 1 (full re-noising); the paper uses 0.9")
+    if args.skip_nonfinite < 0:
+        p.error(f"--skip_nonfinite {args.skip_nonfinite}: must be at least 0")
     if not 0 <= args.lr_decay <= 1:
         p.error(f"--lr_decay {args.lr_decay}: a share of the run, 0 to 1")
     if args.prompts is None and args.model != "classroom":

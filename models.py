@@ -229,6 +229,27 @@ def save_adapter(transformer, name, folder):
     save_file(tensors, folder / LORA_FILE, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
 
 
+def load_tensors(path):
+    """Tensors of a .safetensors file, or of a pickle, of which nothing is executed. A UserError if it is not whole."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (  # all that broken bytes make torch's unpickler raise
+        SafetensorError,
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is no complete file of tensors ({reason}); it may have been cut short") from None
+
+
 def read_adapter(source):
     """({module path: {"lora_A": tensor, "lora_B": tensor}}, alpha, file) of an adapter on disk.
 
@@ -244,19 +265,15 @@ def read_adapter(source):
             f"no adapter at {source}: expected a folder with {LORA_FILE}, as acdmd.py writes final/generator_ema, "
             "or with PEFT's adapter_model.safetensors, or a .pt file"
         )
-    config = {}
+    tensors, config = load_tensors(file), {}
     try:
         if file.suffix == ".safetensors":
-            tensors = load_file(file)
             with safe_open(file, "pt") as f:
                 config = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
             if file.name == "adapter_model.safetensors":
                 config = json.loads((file.parent / "adapter_config.json").read_text())
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} is no complete file of tensors ({reason}); it may have been cut short") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file}: its metadata or adapter_config.json cannot be read: {error}") from None
     modules = {}
     for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
         match = re.fullmatch(r"(?:(?:module|base_model\.model|transformer)\.)*(.+)\.(lora_[AB])(?:\.\w+)?\.weight", key)
@@ -1083,11 +1100,11 @@ def load_checkpoint(folder, home):
     older = [path for path in sorted(folder.parent.glob("step_*")) if path.name < folder.name]
     hint = f"the next older one: --resume {older[-1]}" if older else "there is no older one beside it"
     try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        state = load_tensors(folder / "state.pt")
         for name, transformer in home.items():
             load_adapter(transformer, name, folder / name, trainable=not name.endswith("_ema"))
-        if not {"step", "optimizer", "optimizer_fake"} <= set(state):
-            raise UserError("state.pt is not of this stage")
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        if not isinstance(state, dict) or not {"step", "optimizer", "optimizer_fake"} <= set(state):
+            raise UserError("state.pt is no training state")
+    except UserError as error:
         raise UserError(f"{folder} is torn or no checkpoint: {str(error).splitlines()[0]}; {hint}") from error
     return state

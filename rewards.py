@@ -14,7 +14,6 @@ import argparse
 import html
 import json
 import math
-import pickle
 import re
 from pathlib import Path
 
@@ -90,13 +89,10 @@ class Weights:
 
     def state(self, folder, name):
         """State dict of one published file; a pickle is read without running any of it."""
-        path = self.file(folder, name)
-        try:
-            if path.suffix == ".safetensors":
-                return models.load_file(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, models.SafetensorError) as error:
-            raise UserError(f"{path} is not a file of plain tensors: {str(error).splitlines()[0]}") from None
+        state = models.load_tensors(self.file(folder, name))
+        if not isinstance(state, dict):
+            raise UserError(f"{name} of {SOURCES[folder]} holds a {type(state).__name__} and no state dict")
+        return state
 
     def model(self, cls, folder, config=None, state=None, dtype=torch.float32, **options):
         """A frozen transformers model, from its folder or from (config, state). A key that does not fit is an error."""

@@ -125,7 +125,7 @@ def parse_args(argv=None):
     known, _ = p.parse_known_args(argv)
     p.set_defaults(**{"guidance_scale": models.BACKBONES[known.model]["guidance"], **PRESETS[known.model]})
     args = p.parse_args(argv)
-    counts = "epochs group_size batch_size batches ema_every save_every consistency_batch resolution"
+    counts = "epochs group_size batch_size batches ema_every save_every consistency_batch resolution reward_batch_size"
     for name in counts.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -138,6 +138,8 @@ def parse_args(argv=None):
     for name in ("generator_ema", "fake"):
         if not (args.distilled / name).is_dir():
             p.error(f"--distilled {args.distilled} has no {name}: run acdmd.py first and give its final/ folder")
+    if args.skip_nonfinite < 0:
+        p.error(f"--skip_nonfinite {args.skip_nonfinite}: must be at least 0")
     if not 0 <= args.lr_decay <= 1:
         p.error(f"--lr_decay {args.lr_decay}: a share of the run, 0 to 1")
     try:

@@ -434,7 +434,7 @@ def test_a_pickle_is_not_executed(folder, tmp_path):
 
     (tmp_path / "hpsv2").mkdir()
     (tmp_path / "hpsv2/HPS_v2.1_compressed.pt").write_bytes(pickle.dumps({"state_dict": Payload()}))
-    with pytest.raises(models.UserError, match="is not a file of plain tensors"):
+    with pytest.raises(models.UserError, match="is no complete file of tensors"):
         one("hpsv2", tmp_path)
     assert not (tmp_path / "executed").exists()
 

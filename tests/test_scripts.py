@@ -260,6 +260,22 @@ BAD = {  # command -> what the one line on standard error must say
     "sample.py --steps 0": "--steps 0: must be at least 1",
     "sample.py --device cuda": "torch sees no GPU: use --device cpu",
     "sample.py --prompt cat --eval geneval=1": "which geneval needs",
+    "acdmd.py --shard both": "invalid choice: 'both' (choose from",
+    "acdmd.py --skip_nonfinite -1": "--skip_nonfinite -1: must be at least 0",
+    "acdmd.py --prompts {tmp}": "does not exist",
+    "acdmd.py --prompts {tmp}/latin.txt": "latin.txt cannot be read as UTF-8 text",
+    "acdmd.py --prompts {tmp}/none.json": "none.json holds no prompts",
+    "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {classroom}": "holds a StableDiffusion3Pipeline, and",
+    "acdmd.py --model flux2-4b --prompts {tmp}/plain.txt --weights {tmp}": "it has no model_index.json",
+    "acdmd.py --steps 1 --out {tmp}/plain.txt/run": "cannot write to --out",
+    "rtdmd.py --distilled {acdmd} --policy_weight 0 --dm_weight 0 --bp_weight 0": "nothing would train",
+    "rtdmd.py --distilled {acdmd} --reward_batch_size 0": "--reward_batch_size 0: must be at least 1",
+    "rtdmd.py --distilled {acdmd} --rewards clipscore=nan": "add up to nan: it must be above 0",
+    "rtdmd.py --distilled {acdmd} --group_size 1 --batch_size 90 --batches 9": "an epoch needs 810 distinct prompts",
+    "sample.py --lora {tmp}/plain.txt": "plain.txt is no complete file of tensors",
+    "sample.py --lora {acdmd}/fake --lora {tmp}": "no adapter at",
+    "sample.py --lora {acdmd}/fake --export {tmp}": "exists: give a new folder",
+    "sample.py --eval hpsv2 --reward_dir {tmp}": "cannot open HPS_v2.1_compressed.pt of xswu/HPSv2",
 }
 
 
@@ -272,7 +288,10 @@ def test_bad_input(command, distilled, tmp_path, monkeypatch, capsys):
     (tmp_path / "list.csv").write_text("a cat\n")
     (tmp_path / "torn.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (tmp_path / "nokey.jsonl").write_text('{"caption": "a"}\n')
-    script, *flags = command.format(tmp=tmp_path, acdmd=distilled / "final").split()
+    (tmp_path / "latin.txt").write_bytes("café\n".encode("latin-1"))
+    (tmp_path / "none.json").write_text("[]")
+    places = dict(tmp=tmp_path, acdmd=distilled / "final", classroom=models.CLASSROOM / "teacher")
+    script, *flags = command.format(**places).split()
     module = {"acdmd.py": acdmd, "rtdmd.py": rtdmd, "sample.py": sample}[script]
     monkeypatch.setattr(sys, "argv", [script, *flags])
     monkeypatch.chdir(tmp_path)
