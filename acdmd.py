@@ -174,11 +174,15 @@ def rollout(backbone, cond, sigmas, k, args, indices, key, grad=False):
     With --plain_dmd the k-th step jumps to 0 instead: x_s = x0_hat and s = 0, as in DMD2 (App. K).
     """
     shape, device = backbone.latent_shape, backbone.device
-    x = models.draw(torch.randn, shape, indices, *key, "start").to(device)
+    x = models.to_device(models.draw(torch.randn, shape, indices, *key, "start"), device)
     for j in range(k):
         last = j == k - 1
         sigma_next = 0.0 if last and args.plain_dmd else sigmas[j + 1]
-        noise = models.draw(torch.randn, shape, indices, *key, "step", j).to(device) if sigma_next > 0 else None
+        noise = (
+            models.to_device(models.draw(torch.randn, shape, indices, *key, "step", j), device)
+            if sigma_next > 0
+            else None
+        )
         with torch.set_grad_enabled(grad and last):
             v = backbone.velocity(x, sigmas[j], cond, role="generator")
             x = cps_step(x, v, sigmas[j], sigma_next, args.eta, noise)
@@ -188,17 +192,19 @@ def rollout(backbone, cond, sigmas, k, args, indices, key, grad=False):
 def fake_losses(backbone, cond, x_s, sigma_s, args, indices, key):
     """(L_ac, L_cons) on one batch of rollouts."""
     shape, device = backbone.latent_shape, backbone.device
-    noise = models.draw(torch.randn, shape, indices, *key, "z").to(device)
-    sigma_t = draw_t(models.draw(torch.rand, (), indices, *key, "t").to(device), sigma_s)
+    noise = models.to_device(models.draw(torch.randn, shape, indices, *key, "z"), device)
+    sigma_t = draw_t(models.to_device(models.draw(torch.rand, (), indices, *key, "t"), device), sigma_s)
     x_t, target, sigma_ts = renoise(x_s, sigma_s, sigma_t, noise)
     v_t = backbone.velocity(x_t, sigma_t, cond, role="fake")
     loss_ac = fake_score_loss(v_t, target, sigma_ts)
     if args.gamma == 0:
         return loss_ac, torch.zeros_like(loss_ac)
     n = args.consistency_batch or len(x_s)
-    delta = models.draw(torch.rand, (), indices[:n], *key, "delta").to(device)
+    delta = models.to_device(models.draw(torch.rand, (), indices[:n], *key, "delta"), device)
     delta = 1 + (delta * args.delta_max).floor()  # uniform on 1 .. delta_max
-    noise_1, noise_2 = (models.draw(torch.randn, shape, indices[:n], *key, name).to(device) for name in ("z1", "z2"))
+    noise_1, noise_2 = (
+        models.to_device(models.draw(torch.randn, shape, indices[:n], *key, name), device) for name in ("z1", "z2")
+    )
     cond_twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
 
     def predict(x, sigma):  # both transitions as one batch of 2n
@@ -211,8 +217,10 @@ def generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key):
     """L_G: re-noise x_s to t, walk back to s once with the guided teacher and once with the fake score, same noise."""
     shape, device = backbone.latent_shape, backbone.device
     with torch.no_grad():
-        noise, back = (models.draw(torch.randn, shape, indices, *key, name).to(device) for name in ("z", "back"))
-        sigma_t = draw_t(models.draw(torch.rand, (), indices, *key, "t").to(device), sigma_s)
+        noise, back = (
+            models.to_device(models.draw(torch.randn, shape, indices, *key, name), device) for name in ("z", "back")
+        )
+        sigma_t = draw_t(models.to_device(models.draw(torch.rand, (), indices, *key, "t"), device), sigma_s)
         x_t, _, _ = renoise(x_s, sigma_s, sigma_t, noise)
         v_teacher = backbone.velocity(x_t, sigma_t, cond, args.guidance_scale, uncond, role="teacher")
         v_fake = backbone.velocity(x_t, sigma_t, cond, role="fake")
@@ -275,6 +283,7 @@ def main(args):
     def checkpoint(step, final=False):
         if rank == 0:
             state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
+            state["skipped"] = (patience.in_a_row, patience.total)
             state["window"] = {name: [(at, float(v)) for at, v in values] for name, values in window.items()}
             models.save_checkpoint(args.out, step, home, state, args, __file__, final=final)
 
@@ -288,7 +297,7 @@ def main(args):
     # metrics since the last log line; a run that was stopped in between takes its own along
     window = (state or {}).get("window", {})
     window = {name: [(at, torch.tensor(v, device=device)) for at, v in values] for name, values in window.items()}
-    patience = models.Patience(args.skip_nonfinite, args.out)
+    patience = models.Patience(args.skip_nonfinite, args.out, *(state or {}).get("skipped", ()))
     last_step, last_log = start, time.perf_counter()
     bar = tqdm(range(start, args.steps), "AC-DMD", initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
@@ -319,11 +328,10 @@ def main(args):
         # log, sample, save
         for name, value in row.items():
             window.setdefault(name, []).append((step + 1, value.detach()))
-        saving = (step + 1) % args.save_every == 0
-        if (step + 1) % args.log_every == 0 or saving or step + 1 == args.steps:
-            means = {name: torch.stack([v for _, v in values]).mean() for name, values in sorted(window.items())}
-            means = models.mean_over_ranks(means, world_size)
-            models.check_finite(means, step + 1, args.out, window)
+        stopped = stop.agreed(world_size)
+        saving = (step + 1) % args.save_every == 0 or stopped
+        if (step + 1) % args.log_every == 0 or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            means = checked_means(window, step + 1, world_size, args.out)
             steps = step + 1 - last_step
             pace = models.speed(backbone, time.perf_counter() - last_log, steps, batch * steps)
             last_step, last_log = step + 1, time.perf_counter()
@@ -333,14 +341,22 @@ def main(args):
             window = {}
         if args.sample_every and ((step + 1) % args.sample_every == 0 or step == 0):
             models.sample_grid(backbone, prompts[:16], sigmas, args, rank, f"step_{step + 1:06d}.png")
-        stopped = stop.agreed(world_size)
-        if saving or stopped:
+        if saving:
+            checked_means(window, step + 1, world_size, args.out)  # of a stop between two log lines
             checkpoint(step + 1)
         if stopped:
             say(f"\nstopped after step {step + 1}; go on with the same command and --resume {args.out}")
             return
     checkpoint(args.steps, final=True)
     say(f"done: {args.out}/final/generator_ema")
+
+
+def checked_means(window, step, world_size, out):
+    """{name: mean} over the steps since the last log line and over ranks; a value that is not finite ends the run."""
+    means = {name: torch.stack([v for _, v in values]).mean() for name, values in sorted(window.items())}
+    means = models.mean_over_ranks(means, world_size)
+    models.check_finite(means, step, out, window)
+    return means
 
 
 if __name__ == "__main__":

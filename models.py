@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -44,18 +45,31 @@ def run(main, args):
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: it could wait for the others, who wait for this process
+        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # shared formulas (tensors in, tensors out, float32 inside)
 
 
+def to_device(tensor, device):
+    """tensor.to(device) that does not make the CPU wait for what the GPU has queued."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def level(value, device):
+    """A noise level, a number or tensor, as a float32 tensor on the device."""
+    if isinstance(value, torch.Tensor):
+        return to_device(value, device).float()
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def per_sample(value, x):
     """A number or [B] tensor as float32 [B, 1, 1, 1] (as many ones as x asks for)."""
-    value = torch.as_tensor(value, dtype=torch.float32, device=x.device)
+    value = level(value, x.device)
     return value.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -274,6 +288,9 @@ def read_adapter(source):
                 config = json.loads((file.parent / "adapter_config.json").read_text())
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file}: its metadata or adapter_config.json cannot be read: {error}") from None
+    scaled = [key for key in ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora") if config.get(key)]
+    if scaled:
+        raise UserError(f"{file}: its {scaled[0]} is not supported; only plain LoRA with one rank and one alpha is")
     modules = {}
     for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
         match = re.fullmatch(r"(?:(?:module|base_model\.model|transformer)\.)*(.+)\.(lora_[AB])(?:\.\w+)?\.weight", key)
@@ -334,11 +351,13 @@ def merge_adapters(transformer, names):
 def needs_checkpointing(backbone, setting, samples):
     """setting "on" or "off" decides; "auto": would the activations of `samples` take over 70% of the GPU's free memory?
 
-    What one forward keeps for its backward is measured on one sample. Ranks agree, since a recomputed forward of a
-    sharded network needs all of them. A CPU never checkpoints on its own account.
+    What one forward keeps for its backward is measured on one sample. All ranks take the same way. Who shards or
+    offloads is short of memory: on. A CPU never checkpoints on its own account.
     """
     if setting != "auto" or backbone.device.type != "cuda":
         return setting == "on"
+    if any(isinstance(p, DTensor) for p in backbone.transformer.parameters()):
+        return True
     need = torch.tensor(samples * saved_bytes(backbone) / torch.cuda.mem_get_info(backbone.device)[0])
     if dist.is_initialized():
         dist.all_reduce(need, dist.ReduceOp.MAX)
@@ -379,7 +398,12 @@ def enable_checkpointing(transformer):
 
 
 def compile_blocks(backbone):
-    """torch.compile every block's forward; hooks of sharding and checkpointing stay outside."""
+    """torch.compile every block's forward; hooks of sharding and checkpointing stay outside.
+
+    All blocks of a kind share one code object, and each set of adapters, batch size and gradient mode is a graph of its
+    own: more than dynamo's limit of 8, beyond which it would run the rest uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = 64
     for network in backbone.networks():
         for block in blocks(network):
             block.forward = torch.compile(block.forward)
@@ -443,7 +467,7 @@ class Backbone:
         encoders = (getattr(pipe, f"text_encoder{n}", None) for n in ("", "_2", "_3"))
         self.encoders = [encoder for encoder in encoders if encoder is not None]
         self.offload_encoders = False  # text encoders wait on the CPU while they do not encode
-        self.image_tokens = (resolution // factor) ** 2
+        self.image_tokens, self.token_pixels = (resolution // factor) ** 2, factor
         self.latent_shape = self.shape(resolution // pipe.vae_scale_factor)
         for network in self.networks():
             prepare_for_lora(network, self.lora_targets, self.device)
@@ -474,7 +498,7 @@ class Backbone:
         size = sum(value.nbytes for value in rows[0].values())
         while len(self._embeddings) > max(2, CACHE_BYTES / size):  # the oldest go
             del self._embeddings[next(iter(self._embeddings))]
-        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+        return {name: to_device(torch.stack([row[name] for row in rows]), self.device) for name in rows[0]}
 
     def velocity(self, x, sigma, cond, guidance_scale=1.0, uncond=None, role="generator"):
         """v = noise - x0 as seen by a role, float32 [B, C, H, W]. sigma: float or [B] in [0, 1].
@@ -483,7 +507,7 @@ class Backbone:
         is `encode([""])`, one row for all samples or one each. Where guidance is embedded, one pass is told the scale.
         """
         x, network = x.float(), self.network(role)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        sigma = level(sigma, x.device).expand(len(x))
         guided = self.passes(guidance_scale) == 2
         if guided:
             if uncond is None:
@@ -628,12 +652,20 @@ class Flux2(Backbone):
             hidden_states=self.pipe._pack_latents(x),
             timestep=sigma,
             guidance=None,
-            img_ids=self.pipe._prepare_latent_ids(x).to(x.device),
-            txt_ids=self.pipe._prepare_text_ids(cond["encoder_hidden_states"]).to(x.device),
+            img_ids=self.ids(self.pipe._prepare_latent_ids, x),
+            txt_ids=self.ids(self.pipe._prepare_text_ids, cond["encoder_hidden_states"]),
             **cond,
             return_dict=False,
         )[0]
         return v.transpose(1, 2).reshape(b, c, h, w)
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019 (a backbone lives as long as its process)
+    def _ids(self, prepare, shape):
+        return prepare(torch.empty(shape)).to(self.device)
+
+    def ids(self, prepare, x):
+        """Position ids by the pipeline's own method, which makes them on the CPU: kept for each shape."""
+        return self._ids(prepare, x.shape)
 
     def vae_latents(self, latents):
         norm = self.vae.bn
@@ -765,10 +797,13 @@ def load_transformer(cls, folder, dtype):
         model = cls.from_config(cls.load_config(folder))
     state = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
-        state |= load_file(file)
+        state |= load_tensors(file)
     if not state:
         raise UserError(f"no .safetensors weights in {folder}")
-    model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+    try:
+        model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+    except RuntimeError as error:  # missing, left-over or misshapen keys, all named
+        raise UserError(f"{folder} does not hold a {cls.__name__}: {' '.join(str(error).split())[:500]}") from None
     return model.eval()
 
 
@@ -782,13 +817,22 @@ def sample_latents(backbone, prompts, sigmas, eta=0.0, guidance_scale=1.0, seed=
     indices = range(len(prompts)) if indices is None else indices
     cond = backbone.encode(prompts)
     uncond = backbone.encode([""]) if guidance_scale > 1 else None
-    x = draw(torch.randn, backbone.latent_shape, indices, "sample", seed, "start").to(backbone.device)
+    x = to_device(draw(torch.randn, backbone.latent_shape, indices, "sample", seed, "start"), backbone.device)
     for j, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
         v = backbone.velocity(x, sigma, cond, guidance_scale, uncond, role)
         noisy = eta > 0 and sigma_next > 0
-        noise = draw(torch.randn, backbone.latent_shape, indices, "sample", seed, j).to(x.device) if noisy else None
+        noise = (
+            to_device(draw(torch.randn, backbone.latent_shape, indices, "sample", seed, j), x.device) if noisy else None
+        )
         x = cps_step(x, v, sigma, sigma_next, eta, noise)
     return x
+
+
+@torch.no_grad()
+def decode_all(backbone, latents, at_once=64 * 512**2):
+    """Images [B, 3, H, W] on the CPU, decoded in parts of `at_once` pixels: a VAE takes far more memory than a step."""
+    n = max(1, at_once // (backbone.image_tokens * backbone.token_pixels**2))
+    return torch.cat([backbone.decode(part).cpu() for part in latents.split(n)])
 
 
 def sample_grid(backbone, prompts, sigmas, args, rank, name):
@@ -796,9 +840,9 @@ def sample_grid(backbone, prompts, sigmas, args, rank, name):
     if rank > 0 and args.shard == "none":
         return  # sharded networks need every process for a forward
     latents = sample_latents(backbone, prompts, sigmas, args.eta, role="ema")
+    backbone.evaluations = 0  # not a part of the training's pace
     if rank == 0:
-        with torch.no_grad():
-            save_grid(backbone.decode(latents), Path(args.out) / "samples" / name, columns=8)
+        save_grid(decode_all(backbone, latents), Path(args.out) / "samples" / name, columns=8)
 
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s
@@ -885,8 +929,8 @@ def step_optimizer(optimizer, lr, world_size, skip_nonfinite=False):
 class Patience:
     """Counts gradients of each term that are not finite; more than `most` in a row stop the run."""
 
-    def __init__(self, most, out):
-        self.most, self.out, self.in_a_row, self.total = most, out, {}, 0
+    def __init__(self, most, out, in_a_row=(), total=0):
+        self.most, self.out, self.in_a_row, self.total = most, out, dict(in_a_row), total
 
     def skipped(self, norm, step, term):
         """True if step `step` was skipped, which its log line should not average in."""
@@ -952,7 +996,10 @@ def draw(kind, shape, indices, *key):
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C ask for a stop after the current step; a second Ctrl-C or SIGTERM stops at once."""
+    """SIGTERM and Ctrl-C ask for a stop after the current step; a second Ctrl-C stops at once.
+
+    A second SIGTERM does not: a cluster's scheduler sends one to every process, and torchrun passes its own on.
+    """
 
     def __init__(self):
         self.asked = False
@@ -960,7 +1007,7 @@ class StopSignal:
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise SystemExit(1)
         self.asked = True
 

@@ -761,7 +761,9 @@ def segmenter_class():
     from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
 
     class Segmenter(Mask2FormerPreTrainedModel):
-        _keys_to_ignore_on_load_unexpected = ["criterion.empty_weight"]
+        # what only the loss has, and what the published file's older Swin held, or did not, beside its weights
+        _keys_to_ignore_on_load_unexpected = ["criterion.empty_weight", "relative_position_index"]
+        _keys_to_ignore_on_load_missing = [r"encoder\.swin\.layernorm\."]
 
         def __init__(self, config):
             super().__init__(config)
@@ -980,12 +982,24 @@ class Scorers:
         return total
 
     def call(self, scorer, images, prompts, metadata=None):
-        """One scorer on one batch, in the precision of its own weights; a failure carries its name."""
+        """One scorer on one batch, in its weights' own precision (no autocast, no TF32); an error carries its name."""
+        tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # cosines of .2 need 1e-3
         try:
-            with torch.autocast(self.device.type, enabled=False):  # cosines need more than bf16
+            with torch.autocast(self.device.type, enabled=False):
                 rows = scorer(images, prompts, metadata)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, OSError) as error:
-            raise UserError(f"reward {scorer.columns[0]} failed: {type(error).__name__}: {error}") from error
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"reward {scorer.columns[0]} ran out of GPU memory on {len(prompts)} images: try a smaller "
+                "--reward_batch_size, or --offload_rewards"
+            ) from None
+        except UserError as error:
+            raise UserError(f"reward {scorer.columns[0]}: {error}") from None
+        except Exception as error:
+            error.add_note(f"in reward {scorer.columns[0]}")
+            raise
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         for name, row in rows.items():
             bad = (~torch.isfinite(row)).nonzero().flatten().tolist()
             if bad:

@@ -244,9 +244,9 @@ def distribution_matching_loss(x0, x0_fake, x0_teacher):
 
 def noised(backbone, x0, indices, key):
     """(x_t, sigma_t, noise): x0 taken to t, 1000 t ~ U(10, 1000) clamped to [20, 980]."""
-    u = models.draw(torch.rand, (), indices, *key, "t").to(x0.device)
+    u = models.to_device(models.draw(torch.rand, (), indices, *key, "t"), x0.device)
     sigma_t = ((1000 - 10) * u + 10).clamp(20, 980) / 1000
-    noise = models.draw(torch.randn, backbone.latent_shape, indices, *key, "z").to(x0.device)
+    noise = models.to_device(models.draw(torch.randn, backbone.latent_shape, indices, *key, "z"), x0.device)
     t = per_sample(sigma_t, x0)
     return (1 - t) * x0 + t * noise, sigma_t, noise
 
@@ -255,7 +255,7 @@ def noised(backbone, x0, indices, key):
 def sample(backbone, scorers, prompts, metadata, sigmas, chosen, args, indices, epoch):
     """Rollouts of a micro-batch, on the CPU: states [B, 5, C, H, W], log-probabilities {j: [B]}, rewards {name: [B]}"""
     cond, shape, device = backbone.encode(prompts), backbone.latent_shape, backbone.device
-    x = models.draw(torch.randn, shape, indices, args.seed, epoch, "start").to(device)
+    x = models.to_device(models.draw(torch.randn, shape, indices, args.seed, epoch, "start"), device)
     states, log_probs = [x.cpu()], {}
     for j in range(len(models.FEW_STEPS)):
         if j in chosen:
@@ -279,10 +279,11 @@ def fake_loss(backbone, cond, x0, args, indices, key):
     if args.gamma == 0:
         return loss_ac, torch.zeros_like(loss_ac)
     n = args.consistency_batch or len(x0)
-    delta = models.draw(torch.rand, (), indices[:n], *key, "delta").to(x0.device)
+    delta = models.to_device(models.draw(torch.rand, (), indices[:n], *key, "delta"), x0.device)
     delta = 1 + (delta * DELTA_MAX).floor()  # uniform on 1 .. DELTA_MAX
     z = [
-        models.draw(torch.randn, backbone.latent_shape, indices[:n], *key, name).to(x0.device) for name in ("z1", "z2")
+        models.to_device(models.draw(torch.randn, backbone.latent_shape, indices[:n], *key, name), x0.device)
+        for name in ("z1", "z2")
     ]
     cond_twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
 
@@ -390,9 +391,10 @@ def main(args):
     def checkpoint(step, final=False):
         if rank == 0:
             state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
+            state["skipped"] = (patience.in_a_row, patience.total)
             models.save_checkpoint(args.out, step, home, state, args, __file__, final=final)
 
-    patience = models.Patience(args.skip_nonfinite, args.out)
+    patience = models.Patience(args.skip_nonfinite, args.out, *(state or {}).get("skipped", ()))
     bar = tqdm(range(start, args.epochs), "RTDMD", initial=start, total=args.epochs, disable=rank > 0)
     for epoch in bar:
         began = time.perf_counter()
@@ -409,6 +411,10 @@ def main(args):
         # 2) sample, 3) reward
         parts = []
         for b in range(0, per_rank, args.batch_size):
+            if stop.agreed(world_size):  # nothing of this epoch has been learned yet, and its draws come back
+                checkpoint(epoch)
+                say(f"\nstopped after epoch {epoch}; go on with the same command and --resume {args.out}")
+                return
             part = slice(b, b + args.batch_size)
             texts, facts = prompts[part], metadata[part]
             parts.append(sample(backbone, scorers, texts, facts, sigmas, chosen, args, mine[part], epoch))

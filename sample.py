@@ -64,15 +64,17 @@ def parse_args(argv=None):
         args.guidance_scale = 1.0 if few else models.BACKBONES[args.model]["guidance"]
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
-    if not (args.prompt or args.prompts or args.export) and args.model != "classroom":
-        p.error(f"--model {args.model} needs --prompts FILE or --prompt TEXT")
     if args.reward_dir is None and args.model == "classroom":
         args.reward_dir = models.CLASSROOM
     try:
         args.eval = rewards.parse_weights(args.eval) if args.eval else {}
         args.eval_prompts = parse_files(args.eval_prompts, args.eval)
+        routed = {rewards.SCORERS[name] for name in args.eval_prompts}
     except models.UserError as error:
         p.error(str(error))
+    alone = args.eval and all(rewards.SCORERS[name] in routed for name in args.eval)
+    if not (args.prompt or args.prompts or args.export or alone) and args.model != "classroom":
+        p.error(f"--model {args.model} needs --prompts FILE or --prompt TEXT")
     return args
 
 
@@ -97,8 +99,7 @@ def generate(
     for b in tqdm(range(0, len(prompts), batch_size), "images", unit="batch", leave=False):
         part = slice(b, b + batch_size)
         latents = models.sample_latents(backbone, prompts[part], sigmas, eta, guidance_scale, seed, indices[part], role)
-        with torch.no_grad():
-            images.append(backbone.decode(latents).float().cpu())
+        images.append(models.decode_all(backbone, latents))
     return torch.cat(images)
 
 
@@ -117,6 +118,8 @@ def summarize(entries, weights):
         values, tags = np.array([value for value, _ in rows]), [tag for _, tag in rows]
         tasks = {t: float(values[[x == t for x in tags]].mean()) for t in dict.fromkeys(tags) if t}
         table[name] = {"mean": float(values.mean()), "error": bootstrap_error(values), "n": len(values), "tasks": tasks}
+        if tasks:  # the benchmark's overall score: task types count alike, however many prompts they have
+            table[name]["task_mean"] = float(np.mean(list(tasks.values())))
     weighted = sum(w * rewards.SCALE.get(name, 1) * table[name]["mean"] for name, w in weights.items())
     return {"rewards": table, "weighted_mean": weighted / sum(weights.values())}
 
@@ -124,10 +127,11 @@ def summarize(entries, weights):
 def report(summary):
     """The summary as an aligned text table."""
     tasks = list(dict.fromkeys(t for row in summary["rewards"].values() for t in row["tasks"]))
-    lines = [f"{'reward':16}{'n':>6}{'mean':>9}{'+-':>7}" + "".join(f"{t:>15}" for t in tasks)]
+    lines = [f"{'reward':16}{'n':>6}{'mean':>9}{'+-':>7}{'task mean':>10}" + "".join(f"{t:>15}" for t in tasks)]
     for name, row in summary["rewards"].items():
         cells = "".join(f"{row['tasks'][t]:15.3f}" if t in row["tasks"] else " " * 15 for t in tasks)
-        lines.append(f"{name:16}{row['n']:6}{row['mean']:9.3f}{row['error']:7.3f}{cells}")
+        by_task = f"{row['task_mean']:10.3f}" if "task_mean" in row else " " * 10
+        lines.append(f"{name:16}{row['n']:6}{row['mean']:9.3f}{row['error']:7.3f}{by_task}{cells}")
     return "\n".join([*lines, f"{'weighted mean':22}{summary['weighted_mean']:9.3f}"])
 
 

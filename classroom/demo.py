@@ -1,6 +1,6 @@
 """The whole paper on a laptop: distil the classroom's teacher, reinforce the student, compare them all.
 
-    python classroom/demo.py                                             about 15 minutes on 2 cores
+    python classroom/demo.py                                             about 20 minutes on 2 cores
 
 Runs acdmd.py and rtdmd.py (the commands are printed), then samples four generators on the same held-out prompts and the
 same seeds: the teacher with 28 guided steps, the teacher with 4 steps, AC-DMD with 4, RTDMD with 4.
@@ -22,8 +22,10 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python classroom/demo.py` finds the modules beside this folder
+import acdmd  # noqa: E402
 import models  # noqa: E402
 import rewards  # noqa: E402
+import rtdmd  # noqa: E402
 from classroom import shapes  # noqa: E402
 from sample import bootstrap_error, generate  # noqa: E402
 
@@ -55,8 +57,12 @@ def run_stage(script, args, *flags):
     """Run a stage script on `--processes` processes, showing its own progress bar. The global batch stays the same."""
     processes = args.processes
     threads = max(1, (os.cpu_count() or 1) // processes)
-    batch, share = (32, 8) if script == "acdmd.py" else (96, 16)  # images, and those of them in the consistency term
-    flags = ["--batch_size", batch // processes, "--consistency_batch", share // processes, "--seed", args.seed, *flags]
+    flags = ["--seed", args.seed, *flags]
+    if script == "acdmd.py":
+        for name in ("batch_size", "consistency_batch"):
+            flags += [f"--{name}", acdmd.PRESETS["classroom"][name] // processes]
+    else:
+        flags += ["--batches", rtdmd.PRESETS["classroom"]["batches"] // processes]
     command = [sys.executable]
     if processes > 1:  # two processes of one thread use two cores better than one process of two threads
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -206,7 +212,7 @@ def main(args):
     if "rtdmd" in args.stages:
         more = ["--epochs", args.rtdmd_epochs] if args.rtdmd_epochs else []
         folder = args.out / "rtdmd"
-        run_stage("rtdmd.py", args, "--batches", 2, "--distilled", args.distilled, "--out", folder, *more)
+        run_stage("rtdmd.py", args, "--distilled", args.distilled, "--out", folder, *more)
     if "report" not in args.stages:
         return
     backbone = models.load("classroom")

@@ -182,6 +182,8 @@ def test_compiled_blocks_compute_the_same_for_every_role(monkeypatch):
     """dynamo traces the blocks with the adapters that are on (backend "eager": no compiler needed)."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)  # put back after
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     backbone = models.load("classroom")
     for name in ("generator", "fake"):
         for p in models.add_adapter(backbone.transformer, name, 4, 8, generator=models.seeded(name)):
@@ -190,7 +192,12 @@ def test_compiled_blocks_compute_the_same_for_every_role(monkeypatch):
     x, cond = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x")), backbone.encode(["a circle"] * 3)
 
     def run():
-        v = {role: backbone.velocity(x, 0.5, cond, role=role) for role in ("teacher", "generator", "fake")}
+        twice, both = torch.cat([x, x]), {k: torch.cat([c, c]) for k, c in cond.items()}
+        for grad in (False, True):  # what a training step asks for, and more than dynamo's default limit of 8
+            with torch.set_grad_enabled(grad):
+                v = {role: backbone.velocity(x, 0.5, cond, role=role) for role in ("teacher", "generator", "fake")}
+                for role in ("teacher", "fake"):
+                    backbone.velocity(twice, 0.5, both, role=role)
         fake = models.adapter_parameters(backbone.transformer, "fake")
         return [*v.values(), *torch.autograd.grad(v["fake"].square().mean(), fake)]
 

@@ -224,8 +224,11 @@ def write_mask2former(folder):
     small |= dict(decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=100)
     config = Mask2FormerConfig(backbone_config=swin, num_labels=80, **small)
     model = rewards.segmenter_class()(config)
-    state = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
-    state["criterion.empty_weight"] = torch.ones(81)  # of the training loss; the published file has it
-    folder.mkdir()
+    model.save_pretrained(folder)  # in the hub's naming
+    state = models.load_file(folder / "model.safetensors")
+    state = {key: value for key, value in state.items() if "encoder.layernorm" not in key}  # unknown to older files
+    assert any("swin" in key or "encoder" in key for key in state)
+    blocks = [key for key in state if key.endswith("relative_position_bias_table")]
+    state |= {key.replace("bias_table", "index"): torch.zeros(16, 16, dtype=torch.int64) for key in blocks}
+    state["criterion.empty_weight"] = torch.ones(81)  # of the training loss
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    config.save_pretrained(folder)
