@@ -1,7 +1,6 @@
 """Runs that are killed, disks that are full, checkpoints that are torn: nothing is lost, nothing is half loaded."""
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline  # noqa: F401 (once, not in each forked process)
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline  # noqa: F401 (once, not in each fork)
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel  # noqa: F401
 
 import acdmd
@@ -27,19 +26,53 @@ KILLS, STEPS = 40, 120
 
 
 def life(flags, started):
-    """One process of a run whose saving is slow, so that many kills fall into it."""
+    """One process of a run whose saving is slow, so that many kills fall into it; never returns."""
     torch.set_num_threads(1)
-    save = models.save_adapter
+    save, step = models.save_adapter, acdmd.step_optimizer
 
     def slow(*args):
         save(*args)
         time.sleep(0.03)
 
-    models.save_adapter = slow
-    step = acdmd.step_optimizer
-    acdmd.step_optimizer = lambda *args: (started.set(), step(*args))[1]
-    with open(os.devnull, "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
+    def told(*args):
+        os.write(started, b".")
+        return step(*args)
+
+    models.save_adapter, acdmd.step_optimizer = slow, told
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    try:
         acdmd.main(acdmd.parse_args(flags))
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def harness(folder):
+    """Run to the end once; then again with 40 kills on the way. Forks of one process that has only imported.
+
+    Writes kills.json: how many kills, and how many of them left a half-written checkpoint.
+    """
+    flags = [*FLAGS.split(), "--steps", str(STEPS), "--device", "cpu", "--out"]
+    rng, out, kills, inside = np.random.default_rng(0), folder / "killed", 0, 0
+    runs = [[str(folder / "whole"), "--save_every", "60"]] + [[str(out)]] * (KILLS + 1)
+    for number, more in enumerate(runs):
+        more = more + (["--resume", str(out)] if number and list(out.glob("step_*")) else [])
+        heard, started = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            life([*flags, *more], started)
+        os.close(started)
+        if 0 < number <= KILLS:
+            assert os.read(heard, 1), "the run ended before its first step"
+            time.sleep(rng.uniform(0, 0.4))
+            os.kill(pid, signal.SIGKILL)
+            inside += bool(list(out.glob(".*.partial")))
+        _, status = os.waitpid(pid, 0)
+        os.close(heard)
+        killed = os.WIFSIGNALED(status)
+        assert killed == (0 < number <= KILLS), f"process {number} ended with status {status}: make the run longer"
+        kills += killed
+    (folder / "kills.json").write_text(json.dumps({"kills": kills, "inside": inside}))
 
 
 def log(out):
@@ -50,32 +83,14 @@ def log(out):
 
 def test_forty_kills_change_nothing(tmp_path):
     """kill -9 at random moments, also inside a save: every time the run goes on, to the bit-identical end."""
-    flags = [*FLAGS.split(), "--steps", str(STEPS), "--device", "cpu"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    acdmd.main(acdmd.parse_args([*flags, "--out", str(tmp_path / "whole"), "--save_every", "60"]))
-    torch.set_num_threads(threads)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_faults"])
-    rng, out, kills, inside = np.random.default_rng(0), tmp_path / "killed", 0, 0
-    while True:
-        resume = ["--resume", str(out)] if list(out.glob("step_*")) else []
-        started = context.Event()
-        process = context.Process(target=life, args=([*flags, "--out", str(out), *resume], started))
-        process.start()
-        if kills < KILLS:
-            started.wait(60)
-            process.join(rng.uniform(0, 0.4))
-            assert process.exitcode is None, f"the run ended after {kills} kills: make it longer"
-            process.kill()
-            process.join()
-            kills += 1
-            inside += bool(list(out.glob(".*.partial")))
-        else:
-            process.join()
-            assert process.exitcode == 0
-            break
-    assert inside >= 5, "hardly a kill fell into a save: make it slower"
+    call = f"import pathlib, test_faults; test_faults.harness(pathlib.Path({str(tmp_path)!r}))"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told, out = json.loads((tmp_path / "kills.json").read_text()), tmp_path / "killed"
+    assert told["kills"] == KILLS
+    assert told["inside"] >= 5, "hardly a kill fell into a save: make it slower"
     assert log(out) == log(tmp_path / "whole")
     for name in ("generator", "generator_ema", "fake"):
         a, b = (models.load_file(run / "final" / name / models.LORA_FILE) for run in (tmp_path / "whole", out))
