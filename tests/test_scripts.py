@@ -163,6 +163,25 @@ def test_sigterm_saves_and_the_resumed_log_is_the_uninterrupted_one(tmp_path):
     same_adapters(tmp_path / "a" / "final", tmp_path / "b" / "final")
 
 
+def test_a_stop_in_the_middle_of_an_epoch_of_stage_2_loses_nothing(distilled, tmp_path, monkeypatch, capsys):
+    whole = stage_2(tmp_path / "whole", distilled / "final", "--epochs", 3)
+    asked, sample_ = [], rtdmd.sample
+
+    def interrupted(*args):
+        asked.append(args[-1])  # the epoch
+        if asked.count(1) == 1 and args[-1] == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return sample_(*args)
+
+    monkeypatch.setattr(rtdmd, "sample", interrupted)
+    first = stage_2(tmp_path / "run", distilled / "final", "--epochs", 3)
+    assert len(first) == 1 and asked.count(1) == 1  # one of the second epoch's two micro-batches was sampled
+    assert "stopped after epoch 1; go on with the same command and --resume" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert stage_2(tmp_path / "run", distilled / "final", "--epochs", 3, "--resume", tmp_path / "run") == whole
+    same_adapters(tmp_path / "whole" / "final", tmp_path / "run" / "final")
+
+
 @pytest.mark.parametrize("flags", (["--gamma", "0"], ["--plain_dmd"]))
 def test_ablations_of_stage_1(tmp_path, flags):
     rows = stage_1(tmp_path, "--steps", 2, *flags)
