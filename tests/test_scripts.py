@@ -197,8 +197,11 @@ def test_ablations_of_stage_1(tmp_path, flags):
         (["--policy_weight", "0"], ("loss/policy", "grad_norm/policy")),
     ),
 )
-def test_ablations_of_stage_2(distilled, tmp_path, flags, absent):
+def test_ablations_of_stage_2(distilled, tmp_path, flags, absent, monkeypatch):
+    chosen, choose = [], rtdmd.choose_steps
+    monkeypatch.setattr(rtdmd, "choose_steps", lambda *args: chosen.append(choose(*args)) or chosen[-1])
     rows = stage_2(tmp_path, distilled / "final", "--epochs", 1, *flags)
+    assert len(chosen) == 1 and len(chosen[0]) == (3 if "--n_chosen" in flags else 2)
     assert not set(absent) & rows[0].keys()
     assert (rows[0].get("grad_x0/bp", 0) == 0) == ("--bp_weight" in flags)
 
@@ -212,6 +215,21 @@ def test_plain_dmd_matches_every_step_at_0():
         args.plain_dmd = False
         assert acdmd.rollout(backbone, cond, sigmas, k, args, range(2), (0,))[1] == pytest.approx(sigmas[k])
         args.plain_dmd = True
+
+
+@pytest.mark.parametrize("k", (1, 2, 3, 4))
+def test_a_rollout_has_gradient_in_its_last_step_only(k, monkeypatch):
+    backbone = models.load("classroom")
+    seen, velocity = [], backbone.velocity
+    spied = lambda *args, **kwargs: seen.append(torch.is_grad_enabled()) or velocity(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(backbone, "velocity", spied)
+    backbone.roles["generator"] = ("generator",)
+    models.add_adapter(backbone.student, "generator", 2, 4)
+    args, cond = acdmd.parse_args([]), backbone.encode(["a circle"])
+    x, _ = acdmd.rollout(backbone, cond, backbone.sigmas(), k, args, range(1), (0,), grad=True)
+    assert seen == [False] * (k - 1) + [True] and x.requires_grad
+    x, _ = acdmd.rollout(backbone, cond, backbone.sigmas(), k, args, range(1), (0,))
+    assert seen[k:] == [False] * k and not x.requires_grad
 
 
 def test_sample_writes_scores_for_a_stack(distilled, tmp_path):
