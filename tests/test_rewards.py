@@ -321,6 +321,8 @@ def test_published_sizes_on_the_meta_device(monkeypatch):
         text = BlipTextModel(BlipTextConfig(**rewards.ImageReward.TEXT, is_decoder=True), add_pooling_layer=False)
     count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
     assert count(clip) == 986_109_441
+    assert clip.config.vision_config.hidden_act == clip.config.text_config.hidden_act == "gelu"  # not quick_gelu
+    assert vision.config.layer_norm_eps == 1e-6 and text.config.layer_norm_eps == 1e-12
     assert count(vision) + count(text) == pytest.approx(445.28e6, rel=1e-4)
     # the published layouts, by the small files' names with the published numbers of layers
     state = tiny_rewards.open_clip_state()
