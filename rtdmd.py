@@ -49,7 +49,7 @@ PRESETS = {
         group_size=12,
         batch_size=48,
         batches=4,
-        epochs=220,
+        epochs=250,
         lr=1e-3,
         lr_fake=1e-3,
         lr_decay=0.5,
@@ -66,7 +66,7 @@ PRESETS = {
     ),
 }
 
-WEAK_TASKS = {"counting": 3, "two_object": 2, "position": 2}
+WEAK_TASKS = {"counting": 2, "two_object": 2, "position": 2, "color_attr": 2}
 
 
 def parse_args(argv=None):
