@@ -174,15 +174,11 @@ def rollout(backbone, cond, sigmas, k, args, indices, key, grad=False):
     With --plain_dmd the k-th step jumps to 0 instead: x_s = x0_hat and s = 0, as in DMD2 (App. K).
     """
     shape, device = backbone.latent_shape, backbone.device
-    x = models.to_device(models.draw(torch.randn, shape, indices, *key, "start"), device)
+    x = models.draw(torch.randn, shape, indices, *key, "start", device=device)
     for j in range(k):
         last = j == k - 1
         sigma_next = 0.0 if last and args.plain_dmd else sigmas[j + 1]
-        noise = (
-            models.to_device(models.draw(torch.randn, shape, indices, *key, "step", j), device)
-            if sigma_next > 0
-            else None
-        )
+        noise = models.draw(torch.randn, shape, indices, *key, "step", j, device=device)  # no part of a step to 0
         with torch.set_grad_enabled(grad and last):
             v = backbone.velocity(x, sigmas[j], cond, role="generator")
             x = cps_step(x, v, sigmas[j], sigma_next, args.eta, noise)
@@ -192,19 +188,17 @@ def rollout(backbone, cond, sigmas, k, args, indices, key, grad=False):
 def fake_losses(backbone, cond, x_s, sigma_s, args, indices, key):
     """(L_ac, L_cons) on one batch of rollouts."""
     shape, device = backbone.latent_shape, backbone.device
-    noise = models.to_device(models.draw(torch.randn, shape, indices, *key, "z"), device)
-    sigma_t = draw_t(models.to_device(models.draw(torch.rand, (), indices, *key, "t"), device), sigma_s)
+    noise = models.draw(torch.randn, shape, indices, *key, "z", device=device)
+    sigma_t = draw_t(models.draw(torch.rand, (), indices, *key, "t", device=device), sigma_s)
     x_t, target, sigma_ts = renoise(x_s, sigma_s, sigma_t, noise)
     v_t = backbone.velocity(x_t, sigma_t, cond, role="fake")
     loss_ac = fake_score_loss(v_t, target, sigma_ts)
     if args.gamma == 0:
         return loss_ac, torch.zeros_like(loss_ac)
     n = args.consistency_batch or len(x_s)
-    delta = models.to_device(models.draw(torch.rand, (), indices[:n], *key, "delta"), device)
+    delta = models.draw(torch.rand, (), indices[:n], *key, "delta", device=device)
     delta = 1 + (delta * args.delta_max).floor()  # uniform on 1 .. delta_max
-    noise_1, noise_2 = (
-        models.to_device(models.draw(torch.randn, shape, indices[:n], *key, name), device) for name in ("z1", "z2")
-    )
+    noise_1, noise_2 = (models.draw(torch.randn, shape, indices[:n], *key, z, device=device) for z in ("z1", "z2"))
     cond_twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
 
     def predict(x, sigma):  # both transitions as one batch of 2n
@@ -217,10 +211,8 @@ def generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key):
     """L_G: re-noise x_s to t, walk back to s once with the guided teacher and once with the fake score, same noise."""
     shape, device = backbone.latent_shape, backbone.device
     with torch.no_grad():
-        noise, back = (
-            models.to_device(models.draw(torch.randn, shape, indices, *key, name), device) for name in ("z", "back")
-        )
-        sigma_t = draw_t(models.to_device(models.draw(torch.rand, (), indices, *key, "t"), device), sigma_s)
+        noise, back = (models.draw(torch.randn, shape, indices, *key, z, device=device) for z in ("z", "back"))
+        sigma_t = draw_t(models.draw(torch.rand, (), indices, *key, "t", device=device), sigma_s)
         x_t, _, _ = renoise(x_s, sigma_s, sigma_t, noise)
         v_teacher = backbone.velocity(x_t, sigma_t, cond, args.guidance_scale, uncond, role="teacher")
         v_fake = backbone.velocity(x_t, sigma_t, cond, role="fake")
@@ -242,6 +234,7 @@ def main(args):
     )
     backbone.offload_encoders = args.offload_encoders
     backbone.roles |= {"generator": ("generator",), "fake": ("fake",), "ema": ("generator_ema",)}
+    # adapter -> the transformer that holds it: one and the same, but for FLUX.2
     home = {"generator": backbone.student, "generator_ema": backbone.student, "fake": backbone.transformer}
     start, state = 0, None
     if args.resume:

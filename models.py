@@ -55,7 +55,7 @@ def run(main, args):
 
 def to_device(tensor, device):
     """tensor.to(device) that does not make the CPU wait for what the GPU has queued."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
@@ -302,8 +302,9 @@ def read_adapter(source):
     ranks = {len(pair["lora_A"]) for pair in modules.values() if "lora_A" in pair}
     if len(ranks) > 1:
         raise UserError(f"{file} mixes the ranks {sorted(ranks)}: an adapter has one rank")
-    plain = 2 * max(ranks, default=0) if file.suffix != ".safetensors" else max(ranks, default=0)  # diffusers: rank
-    return modules, config.get("transformer.lora_alpha", config.get("lora_alpha", plain)), file
+    rank = max(ranks, default=0)
+    default = rank if file.suffix == ".safetensors" else 2 * rank  # diffusers' alpha without metadata; the authors'
+    return modules, config.get("transformer.lora_alpha", config.get("lora_alpha", default)), file
 
 
 def load_adapter(transformer, name, source, trainable=False):
@@ -444,10 +445,14 @@ CACHE_BYTES = 4e9  # host memory for prompt embeddings
 
 
 class Backbone:
-    """A diffusers pipeline, its transformer frozen and open to adapters. A subclass a family says what differs.
+    """A diffusers pipeline, its transformer frozen and open to adapters.
 
     `transformer` serves the teacher and the fake score, `student` the generator's roles: one object, but for FLUX.2,
-    whose generator starts from weights of its own.
+    whose generator starts from weights of its own. A subclass a family says what differs:
+        patch(pipe) -> latent pixels a side of one token        shape(side) -> latent_shape, side in VAE latent pixels
+        encode_one(prompt) -> {keyword of the transformer: [1, ...]}
+        predict(network, x, sigma, cond, guidance_scale) -> one forward, [B, C, H, W] in and out, packing inside
+        set_timesteps(steps) -> the pipeline's own many-step schedule, in self.scheduler
     """
 
     lora_targets = ATTENTION
@@ -817,13 +822,13 @@ def sample_latents(backbone, prompts, sigmas, eta=0.0, guidance_scale=1.0, seed=
     indices = range(len(prompts)) if indices is None else indices
     cond = backbone.encode(prompts)
     uncond = backbone.encode([""]) if guidance_scale > 1 else None
-    x = to_device(draw(torch.randn, backbone.latent_shape, indices, "sample", seed, "start"), backbone.device)
+    shape, device = backbone.latent_shape, backbone.device
+    x = draw(torch.randn, shape, indices, "sample", seed, "start", device=device)
     for j, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
         v = backbone.velocity(x, sigma, cond, guidance_scale, uncond, role)
-        noisy = eta > 0 and sigma_next > 0
-        noise = (
-            to_device(draw(torch.randn, backbone.latent_shape, indices, "sample", seed, j), x.device) if noisy else None
-        )
+        noise = None
+        if eta > 0 and sigma_next > 0:
+            noise = draw(torch.randn, shape, indices, "sample", seed, j, device=device)
         x = cps_step(x, v, sigma, sigma_next, eta, noise)
     return x
 
@@ -987,12 +992,12 @@ def seeded(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def draw(kind, shape, indices, *key):
+def draw(kind, shape, indices, *key, device="cpu"):
     """torch.randn or torch.rand of [len(indices), *shape] in which row i depends on (key, indices[i]) alone.
 
     Samples are numbered over all ranks, so a run draws the same whether one process holds the batch or several do.
     """
-    return torch.stack([kind(shape, generator=seeded(*key, int(i))) for i in indices])
+    return to_device(torch.stack([kind(shape, generator=seeded(*key, int(i))) for i in indices]), device)
 
 
 class StopSignal:

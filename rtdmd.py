@@ -66,6 +66,7 @@ PRESETS = {
     ),
 }
 
+# how often the classroom's own prompts show a task type that stage 1 leaves weak; the others come once
 WEAK_TASKS = {"counting": 2, "two_object": 2, "position": 2, "color_attr": 2}
 
 
@@ -244,9 +245,9 @@ def distribution_matching_loss(x0, x0_fake, x0_teacher):
 
 def noised(backbone, x0, indices, key):
     """(x_t, sigma_t, noise): x0 taken to t, 1000 t ~ U(10, 1000) clamped to [20, 980]."""
-    u = models.to_device(models.draw(torch.rand, (), indices, *key, "t"), x0.device)
+    u = models.draw(torch.rand, (), indices, *key, "t", device=x0.device)
     sigma_t = ((1000 - 10) * u + 10).clamp(20, 980) / 1000
-    noise = models.to_device(models.draw(torch.randn, backbone.latent_shape, indices, *key, "z"), x0.device)
+    noise = models.draw(torch.randn, backbone.latent_shape, indices, *key, "z", device=x0.device)
     t = per_sample(sigma_t, x0)
     return (1 - t) * x0 + t * noise, sigma_t, noise
 
@@ -255,15 +256,15 @@ def noised(backbone, x0, indices, key):
 def sample(backbone, scorers, prompts, metadata, sigmas, chosen, args, indices, epoch):
     """Rollouts of a micro-batch, on the CPU: states [B, 5, C, H, W], log-probabilities {j: [B]}, rewards {name: [B]}"""
     cond, shape, device = backbone.encode(prompts), backbone.latent_shape, backbone.device
-    x = models.to_device(models.draw(torch.randn, shape, indices, args.seed, epoch, "start"), device)
+    x = models.draw(torch.randn, shape, indices, args.seed, epoch, "start", device=device)
     states, log_probs = [x.cpu()], {}
     for j in range(len(models.FEW_STEPS)):
         if j in chosen:
-            noise = models.draw(torch.randn, shape, indices, args.seed, epoch, "step", j)
+            noise = models.draw(torch.randn, shape, indices, args.seed, epoch, "step", j, device=device)
         else:  # not used by the last step, which is deterministic
-            noise = shared_noise(prompts, j, epoch, args.seed, shape)
+            noise = models.to_device(shared_noise(prompts, j, epoch, args.seed, shape), device)
         v = backbone.velocity(x, sigmas[j], cond)
-        x_next = cps_step(x, v, sigmas[j], sigmas[j + 1], args.eta, noise.to(device))
+        x_next = cps_step(x, v, sigmas[j], sigmas[j + 1], args.eta, noise)
         if j in chosen:
             log_probs[j] = cps_log_prob(x_next, x, v, sigmas[j], sigmas[j + 1], args.eta).cpu()
         x = x_next
@@ -279,18 +280,16 @@ def fake_loss(backbone, cond, x0, args, indices, key):
     if args.gamma == 0:
         return loss_ac, torch.zeros_like(loss_ac)
     n = args.consistency_batch or len(x0)
-    delta = models.to_device(models.draw(torch.rand, (), indices[:n], *key, "delta"), x0.device)
+    delta = models.draw(torch.rand, (), indices[:n], *key, "delta", device=x0.device)
     delta = 1 + (delta * DELTA_MAX).floor()  # uniform on 1 .. DELTA_MAX
-    z = [
-        models.to_device(models.draw(torch.randn, backbone.latent_shape, indices[:n], *key, name), x0.device)
-        for name in ("z1", "z2")
-    ]
+    shape, device = backbone.latent_shape, x0.device
+    noises = (models.draw(torch.randn, shape, indices[:n], *key, z, device=device) for z in ("z1", "z2"))
     cond_twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
 
     def predict(x, sigma):  # both transitions as one batch of 2n
         return backbone.velocity(x, sigma, cond_twice, role="fake")
 
-    return loss_ac, consistency_loss(predict, x_t[:n], sigma_t[:n], v_t[:n], delta, args.eta, *z)
+    return loss_ac, consistency_loss(predict, x_t[:n], sigma_t[:n], v_t[:n], delta, args.eta, *noises)
 
 
 def last_step_gradients(backbone, scorers, prompts, cond, uncond, x0, args, indices, key):
@@ -340,7 +339,6 @@ def main(args):
             f"split into groups of {args.group_size}: try --group_size {fits}"
         )
     stop = models.StopSignal()
-    # the classroom's own prompts lean towards the tasks that stage 1 leaves weak
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**WEAK_TASKS)
     rewards.check_prompts(pairs, args.rewards)
     size = args.reward_batch_size or args.batch_size
@@ -355,6 +353,7 @@ def main(args):
     models.load_adapter(backbone.student, "distilled", args.distilled / "generator_ema")
     models.load_adapter(backbone.transformer, "fake", args.distilled / "fake")
     lora_rank = len(models.adapter_parameters(backbone.student, "distilled")[0])
+    # adapter -> the transformer that holds it: one and the same, but for FLUX.2
     home = {"rl": backbone.student, "rl_ema": backbone.student, "fake_rl": backbone.transformer}
     start, state = 0, None
     if args.resume:

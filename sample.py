@@ -167,10 +167,10 @@ def main(args):
         size = args.reward_batch_size or args.batch_size
         scorers = rewards.load_scorers(weights, device, args.reward_dir, size, args.offload_rewards)
     dtype = torch.bfloat16 if device.type == "cuda" and args.model != "classroom" else torch.float32
-    facts = models.BACKBONES[args.model]
-    few = len(models.FEW_STEPS) == args.steps or args.lora  # FLUX.2's generator has weights of its own
-    weights_from = args.weights or (facts.get("student") if few else None)
-    backbone = models.load(args.model, weights_from, device, dtype, args.resolution, student=False)
+    few = args.steps == len(models.FEW_STEPS)
+    # one network is enough here: FLUX.2's generator, which has weights of its own, or its teacher
+    student = models.BACKBONES[args.model].get("student") if few or args.lora else None
+    backbone = models.load(args.model, args.weights or student, device, dtype, args.resolution, student=False)
     for i, folder in enumerate(args.lora):
         models.load_adapter(backbone.transformer, f"lora_{i}", folder)
     backbone.roles["generator"] = tuple(f"lora_{i}" for i in range(len(args.lora)))
@@ -178,7 +178,7 @@ def main(args):
         if rank == 0:
             export(backbone, args.export)
         return
-    sigmas = backbone.sigmas(models.FEW_STEPS if args.steps == len(models.FEW_STEPS) else args.steps)
+    sigmas = backbone.sigmas(models.FEW_STEPS if few else args.steps)
 
     # batches hold prompts of one set, and are dealt to the processes whole: the arithmetic does not depend on how many
     batches, start = [], 0
@@ -219,7 +219,7 @@ def main(args):
 
 
 def export(backbone, folder):
-    """Write folder/transformer-style files: config.json and safetensors shards, for diffusers' from_pretrained."""
+    """Write config.json and the merged weights, as diffusers' from_pretrained reads a transformer."""
     if folder.exists():
         raise models.UserError(f"--export {folder} exists: give a new folder")
     network = backbone.transformer
