@@ -188,21 +188,20 @@ def break_gradients(monkeypatch, module, at):
 
 def test_a_gradient_that_is_not_finite_stops_the_run_with_step_and_term(tmp_path, monkeypatch):
     break_gradients(monkeypatch, acdmd, at=(3,))
-    flags = [
-        *FLAGS.split(),
-        "--steps",
-        "20",
-        "--lr_fake",
-        "1",
-        "--lr_decay",
-        "0",
-        "--log_every",
-        "10",
-        "--out",
-        str(tmp_path),
-    ]
+    flags = [*FLAGS.split(), *"--steps 20 --lr_fake 1 --lr_decay 0 --log_every 10 --out".split(), str(tmp_path)]
     with pytest.raises(SystemExit, match="step 4: grad_norm/fake is not finite"):
         acdmd.main(acdmd.parse_args([*flags, "--save_every", "2"]))
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002"]
+
+
+def test_a_stop_between_two_log_lines_does_not_save_what_is_not_finite(tmp_path, monkeypatch):
+    """The log is written every 10 steps, so that no GPU waits; a checkpoint on a signal must look all the same."""
+    break_gradients(monkeypatch, acdmd, at=(2,))
+    calls = []
+    monkeypatch.setattr(models.StopSignal, "agreed", lambda self, world_size: calls.append(1) or len(calls) == 3)
+    flags = "--steps 20 --lr_fake 1 --lr_decay 0 --log_every 10 --save_every 2".split()
+    with pytest.raises(SystemExit, match="step 3: grad_norm/fake is not finite"):
+        acdmd.main(acdmd.parse_args([*FLAGS.split(), *flags, "--out", str(tmp_path)]))
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002"]
 
 

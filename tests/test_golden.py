@@ -189,7 +189,11 @@ def norm(grads):
 
 def predict(x, p, want):
     if "vae_latents" in want:
-        return {"vae_latents": Flux2KleinPipeline._unpatchify_latents(x["x"])}  # what Flux2.vae_latents calls
+        backbone = tiny_flux(SimpleNamespace(family="flux2", weights="weights/flux2"))
+        mean, var = torch.zeros(x["x"].shape[1]), torch.ones(x["x"].shape[1])  # of a VAE that leaves the numbers alone
+        bn, config = SimpleNamespace(running_mean=mean, running_var=var), SimpleNamespace(batch_norm_eps=0.0)
+        backbone.vae = SimpleNamespace(bn=bn, config=config)
+        return {"vae_latents": backbone.vae_latents(x["x"])}
     if p.family == "sd3":
         backbone = tiny_sd3("predict", "sd3", roles=())
         return {"v": predictor(backbone, x, "teacher", guidance=p.guidance)(x["x"], x["t"] / 1000)}
@@ -223,7 +227,8 @@ def tiny_flux(p):
     start = p.weights + "/"
     state = {key.removeprefix(start): v for key, v in tensors("predict").items() if key.startswith(start)}
     transformer.load_state_dict(state)
-    names = "_pack_latents _unpack_latents _prepare_latent_image_ids _prepare_latent_ids _prepare_text_ids".split()
+    names = "_pack_latents _unpack_latents _unpatchify_latents _prepare_latent_image_ids _prepare_latent_ids".split()
+    names.append("_prepare_text_ids")
     pipe = SimpleNamespace(**{name: getattr(pipeline, name) for name in names if hasattr(pipeline, name)})
     pipe.transformer, pipe.vae, pipe.scheduler, pipe.vae_scale_factor = transformer, torch.nn.Identity(), None, 1
     return cls(pipe, resolution=8, text_tokens=0)

@@ -225,10 +225,10 @@ def write_mask2former(folder):
     config = Mask2FormerConfig(backbone_config=swin, num_labels=80, **small)
     model = rewards.segmenter_class()(config)
     model.save_pretrained(folder)  # in the hub's naming
-    state = models.load_file(folder / "model.safetensors")
-    state = {key: value for key, value in state.items() if "encoder.layernorm" not in key}  # unknown to older files
-    assert any("swin" in key or "encoder" in key for key in state)
+    new = models.load_file(folder / "model.safetensors")
+    state = {key: value for key, value in new.items() if "encoder.swin.layernorm" not in key}  # not in older files
     blocks = [key for key in state if key.endswith("relative_position_bias_table")]
+    assert len(new) == len(state) + 2 and len(blocks) == 4  # else the names have changed, and this layout with them
     state |= {key.replace("bias_table", "index"): torch.zeros(16, 16, dtype=torch.int64) for key in blocks}
     state["criterion.empty_weight"] = torch.ones(81)  # of the training loss
     save_file(state, folder / "model.safetensors", {"format": "pt"})
