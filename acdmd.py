@@ -19,6 +19,7 @@ generator_ema and fake. final/generator_ema is the result; rtdmd.py goes on from
 """
 
 import argparse
+import importlib.util
 import time
 from pathlib import Path
 
@@ -107,6 +108,13 @@ def parse_args(argv=None):
         p.error(f"--eta {args.eta}: allowed is 0 (ODE) to 1 (full re-noising); the paper uses 0.9")
     if args.skip_nonfinite < 0:
         p.error(f"--skip_nonfinite {args.skip_nonfinite}: must be at least 0")
+    if args.wandb and importlib.util.find_spec("wandb") is None:
+        p.error("--wandb needs a package: pip install wandb")
+    if args.weights and not args.generator_weights and "student" in models.BACKBONES[args.model]:
+        p.error(
+            f"--weights without --generator_weights: the generator of {args.model} starts from weights of its own, the "
+            "step-distilled release; give its folder (or that of --weights again)"
+        )
     if not 0 <= args.lr_decay <= 1:
         p.error(f"--lr_decay {args.lr_decay}: a share of the run, 0 to 1")
     if args.prompts is None and args.model != "classroom":
@@ -224,13 +232,14 @@ def generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key):
 def main(args):
     # set-up, models, optimisers
     rank, world_size, device = models.setup_distributed(args.device)
+    models.check_run_folder(args.out, args.resume)
     stop = models.StopSignal()
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts()
     prompts = [prompt for prompt, _ in pairs]
     dtype = getattr(torch, args.dtype)
     placement = dict(shard_mode=args.shard, offload_frozen=args.offload_frozen)
     backbone = models.load(
-        args.model, args.weights, device, dtype, args.resolution, args.generator_weights, **placement
+        args.model, args.weights, args.generator_weights, device, dtype, args.resolution, **placement
     )
     backbone.offload_encoders = args.offload_encoders
     backbone.roles |= {"generator": ("generator",), "fake": ("fake",), "ema": ("generator_ema",)}
@@ -271,7 +280,7 @@ def main(args):
         f"{args.steps // args.fake_update_ratio} generator updates"
     )
     say(f"sigmas {[round(s, 4) for s in sigmas]}, eta {args.eta}, {len(prompts)} prompts, writing to {args.out}")
-    log = models.RunLog(args.out, rank, args, start, args.wandb)
+    log = models.RunLog(args.out, rank, args, state, args.wandb)
 
     def checkpoint(step, final=False):
         if rank == 0:
@@ -322,8 +331,8 @@ def main(args):
         for name, value in row.items():
             window.setdefault(name, []).append((step + 1, value.detach()))
         stopped = stop.agreed(world_size)
-        saving = (step + 1) % args.save_every == 0 or stopped
-        if (step + 1) % args.log_every == 0 or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        saving = (step + 1) % args.save_every == 0 or step + 1 == args.steps
+        if saving or (step + 1) % args.log_every == 0:
             means = checked_means(window, step + 1, world_size, args.out)
             steps = step + 1 - last_step
             pace = models.speed(backbone, time.perf_counter() - last_log, steps, batch * steps)
@@ -332,14 +341,17 @@ def main(args):
             brief = {name: v for name, v in means.items() if name in ("grad_norm/generator", "loss/cons")}
             bar.set_postfix({name: f"{v:.3g}" for name, v in brief.items()})
             window = {}
+        paused = time.perf_counter()
         if args.sample_every and ((step + 1) % args.sample_every == 0 or step == 0):
             models.sample_grid(backbone, prompts[:16], sigmas, args, rank, f"step_{step + 1:06d}.png")
-        if saving:
+        if saving or stopped:
             checked_means(window, step + 1, world_size, args.out)  # of a stop between two log lines
+            window = mean_window(window, world_size)
             checkpoint(step + 1)
         if stopped:
             say(f"\nstopped after step {step + 1}; go on with the same command and --resume {args.out}")
             return
+        last_log += time.perf_counter() - paused  # grids and checkpoints are no part of the training's pace
     checkpoint(args.steps, final=True)
     say(f"done: {args.out}/final/generator_ema")
 
@@ -350,6 +362,13 @@ def checked_means(window, step, world_size, out):
     means = models.mean_over_ranks(means, world_size)
     models.check_finite(means, step, out, window)
     return means
+
+
+def mean_window(window, world_size):
+    """The window averaged over ranks: whoever goes on with it logs what an uninterrupted run would have."""
+    values = {(name, at): value for name, pairs in sorted(window.items()) for at, value in pairs}
+    means = models.mean_over_ranks(values, world_size)
+    return {name: [(at, means[name, at]) for at, _ in pairs] for name, pairs in window.items()}
 
 
 if __name__ == "__main__":

@@ -162,10 +162,13 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
 
     def forward(self, x):
+        kind = x.device.type
+        mixed = torch.is_autocast_enabled(kind)
+        x = x.to(torch.get_autocast_dtype(kind)) if mixed else x  # once: so that one copy is kept for the backward
         y = self.base(x)
         for name in self.switch.active:
             if name in self.lora_A:
-                low = F.linear(x.to(self.lora_A[name].dtype), self.lora_A[name])  # float32; bf16 under autocast
+                low = F.linear(x if mixed else x.to(self.lora_A[name].dtype), self.lora_A[name])
                 y = y + (self.scale[name] * F.linear(low, self.lora_B[name])).to(y.dtype)
         return y
 
@@ -243,23 +246,18 @@ def save_adapter(transformer, name, folder):
     save_file(tensors, folder / LORA_FILE, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
 
 
+# all that missing or broken files make safetensors and torch's unpickler raise
+BROKEN = (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, LookupError)
+BROKEN += (AttributeError, TypeError)
+
+
 def load_tensors(path):
     """Tensors of a .safetensors file, or of a pickle, of which nothing is executed. A UserError if it is not whole."""
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (  # all that broken bytes make torch's unpickler raise
-        SafetensorError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except BROKEN as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is no complete file of tensors ({reason}); it may have been cut short") from None
 
@@ -404,6 +402,7 @@ def compile_blocks(backbone):
     All blocks of a kind share one code object, and each set of adapters, batch size and gradient mode is a graph of its
     own: more than dynamo's limit of 8, beyond which it would run the rest uncompiled.
     """
+    _ = backbone.flops  # counted now: dynamo gives up for good on a block that it first meets while torch counts
     torch._dynamo.config.recompile_limit = 64
     for network in backbone.networks():
         for block in blocks(network):
@@ -450,7 +449,7 @@ class Backbone:
     `transformer` serves the teacher and the fake score, `student` the generator's roles: one object, but for FLUX.2,
     whose generator starts from weights of its own. A subclass a family says what differs:
         patch(pipe) -> latent pixels a side of one token        shape(side) -> latent_shape, side in VAE latent pixels
-        encode_one(prompt) -> {keyword of the transformer: [1, ...]}
+        encode_texts(prompts) -> {keyword of the transformer: [B, ...]}
         predict(network, x, sigma, cond, guidance_scale) -> one forward, [B, C, H, W] in and out, packing inside
         set_timesteps(steps) -> the pipeline's own many-step schedule, in self.scheduler
     """
@@ -478,7 +477,14 @@ class Backbone:
             prepare_for_lora(network, self.lora_targets, self.device)
         self.roles = {"teacher": (), "generator": (), "fake": ()}  # role -> names of its adapters
         self._embeddings = {}  # prompt -> {name: its row}, on the CPU
+        self._kept = {}  # position ids
         self.evaluations = 0  # of the network by one sample since the last log line; with gradient they count twice
+
+    def kept(self, key, make):
+        """make() on the device, once per key: the pipelines make position ids on the CPU, and a copy makes it wait."""
+        if key not in self._kept:
+            self._kept[key] = make().to(self.device)
+        return self._kept[key]
 
     def networks(self):
         """The different transformers: one, or FLUX.2's two."""
@@ -491,12 +497,15 @@ class Backbone:
     @torch.no_grad()
     def encode(self, prompts):
         """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
-        # One at a time: rounding must not depend on the neighbours, or a resumed run would differ in the last digit.
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         for encoder in self.encoders if new else ():
             encoder.to(self.device)
-        for prompt in new:
-            self._embeddings[prompt] = {name: value[0].cpu() for name, value in self.encode_one(prompt).items()}
+        # A CPU takes one at a time: rounding must not depend on the neighbours, or a resumed run would differ.
+        at_once = 1 if self.device.type == "cpu" else 64
+        for part in (new[i : i + at_once] for i in range(0, len(new), at_once)):
+            columns = {name: value.cpu().unbind() for name, value in self.encode_texts(part).items()}
+            for i, prompt in enumerate(part):
+                self._embeddings[prompt] = {name: rows[i] for name, rows in columns.items()}
         for encoder in self.encoders if new and self.offload_encoders else ():
             encoder.to("cpu")
         rows = [self._embeddings[p] for p in prompts]
@@ -571,9 +580,9 @@ class SD3(Backbone):
     def shape(self, side):
         return (self.transformer.config.in_channels, side, side)
 
-    def encode_one(self, prompt):
+    def encode_texts(self, prompts):
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompt,
+            prompts,
             None,
             None,
             device=self.device,
@@ -599,6 +608,12 @@ class Flux1(Backbone):
     def __init__(self, pipe, *args, **kwargs):
         self.embedded_guidance = pipe.transformer.config.guidance_embeds
         super().__init__(pipe, *args, **kwargs)
+        for network in self.networks():
+            network.time_text_embed.register_forward_pre_hook(self.exact_levels)
+
+    def exact_levels(self, module, args):
+        """The network rounds time and guidance to bf16 under autocast, 849.1 to 848: put them back as they were."""
+        return (*self.levels, args[-1])
 
     @staticmethod
     def patch(pipe):
@@ -607,18 +622,20 @@ class Flux1(Backbone):
     def shape(self, side):
         return (self.transformer.config.in_channels // 4, side, side)
 
-    def encode_one(self, prompt):
-        embeds, pooled, _ = self.pipe.encode_prompt(prompt, device=self.device, max_sequence_length=self.text_tokens)
+    def encode_texts(self, prompts):
+        embeds, pooled, _ = self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=self.text_tokens)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def predict(self, network, x, sigma, cond, guidance_scale):
-        b, c, h, w = x.shape
-        text = cond["encoder_hidden_states"]
-        v = network(  # float32 in: the network rounds its time to the dtype of hidden_states
+        (b, c, h, w), text = x.shape, cond["encoder_hidden_states"]
+        guidance = x.new_full((b,), guidance_scale) if self.embedded_guidance else None
+        self.levels = [1000 * level for level in (sigma, guidance) if level is not None]
+        image_ids = functools.partial(self.pipe._prepare_latent_image_ids, b, h // 2, w // 2, "cpu", x.dtype)
+        v = network(
             hidden_states=self.pipe._pack_latents(x, b, c, h, w),
             timestep=sigma,
-            guidance=x.new_full((b,), guidance_scale) if self.embedded_guidance else None,
-            img_ids=self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, x.device, x.dtype),
+            guidance=guidance,
+            img_ids=self.kept(("image", x.shape), image_ids),
             txt_ids=x.new_zeros(text.shape[1], 3),
             **cond,
             return_dict=False,
@@ -647,30 +664,22 @@ class Flux2(Backbone):
     def shape(self, side):
         return (self.transformer.config.in_channels, side // 2, side // 2)
 
-    def encode_one(self, prompt):
-        embeds, _ = self.pipe.encode_prompt(prompt, device=self.device, max_sequence_length=self.text_tokens)
+    def encode_texts(self, prompts):
+        embeds, _ = self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=self.text_tokens)
         return {"encoder_hidden_states": embeds}
 
     def predict(self, network, x, sigma, cond, guidance_scale):
-        b, c, h, w = x.shape
+        (b, c, h, w), text = x.shape, cond["encoder_hidden_states"]
         v = network(  # float32 in: the network rounds its time to the dtype of hidden_states
             hidden_states=self.pipe._pack_latents(x),
             timestep=sigma,
             guidance=None,
-            img_ids=self.ids(self.pipe._prepare_latent_ids, x),
-            txt_ids=self.ids(self.pipe._prepare_text_ids, cond["encoder_hidden_states"]),
+            img_ids=self.kept(("image", x.shape), lambda: self.pipe._prepare_latent_ids(torch.empty(x.shape))),
+            txt_ids=self.kept(("text", text.shape), lambda: self.pipe._prepare_text_ids(torch.empty(text.shape))),
             **cond,
             return_dict=False,
         )[0]
         return v.transpose(1, 2).reshape(b, c, h, w)
-
-    @functools.lru_cache(maxsize=16)  # noqa: B019 (a backbone lives as long as its process)
-    def _ids(self, prepare, shape):
-        return prepare(torch.empty(shape)).to(self.device)
-
-    def ids(self, prepare, x):
-        """Position ids by the pipeline's own method, which makes them on the CPU: kept for each shape."""
-        return self._ids(prepare, x.shape)
 
     def vae_latents(self, latents):
         norm = self.vae.bn
@@ -690,10 +699,10 @@ FAMILIES = {cls.family: cls for cls in (SD3, Flux1, Flux2)}
 def load(
     model,
     weights=None,
+    generator_weights=None,
     device="cpu",
     dtype=torch.float32,
     resolution=None,
-    generator_weights=None,
     student=True,
     shard_mode="none",
     offload_frozen=False,
@@ -834,7 +843,7 @@ def sample_latents(backbone, prompts, sigmas, eta=0.0, guidance_scale=1.0, seed=
 
 
 @torch.no_grad()
-def decode_all(backbone, latents, at_once=64 * 512**2):
+def decode_all(backbone, latents, at_once=8 * 512**2):
     """Images [B, 3, H, W] on the CPU, decoded in parts of `at_once` pixels: a VAE takes far more memory than a step."""
     n = max(1, at_once // (backbone.image_tokens * backbone.token_pixels**2))
     return torch.cat([backbone.decode(part).cpu() for part in latents.split(n)])
@@ -844,21 +853,28 @@ def sample_grid(backbone, prompts, sigmas, args, rank, name):
     """Write args.out/samples/<name>: the same prompts and noise each time, by the EMA generator."""
     if rank > 0 and args.shard == "none":
         return  # sharded networks need every process for a forward
+    evaluations = backbone.evaluations
     latents = sample_latents(backbone, prompts, sigmas, args.eta, role="ema")
-    backbone.evaluations = 0  # not a part of the training's pace
+    backbone.evaluations = evaluations  # the grid is no part of the training's pace
     if rank == 0:
         save_grid(decode_all(backbone, latents), Path(args.out) / "samples" / name, columns=8)
 
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s
+PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s; the first name that fits counts
+PEAK |= {"A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 def speed(backbone, seconds, steps, images):
-    """{seconds a step, images_per_s of all processes, and on a GPU peak_gb and mfu}, since the last call.
+    """{seconds a step, images_per_s of all processes} since the last call, peak_gb of this process, on a GPU mfu.
 
     MFU = evaluations x FLOP of one / seconds / peak FLOP/s of the device; recomputed forwards are not counted.
     """
     row = {"seconds": seconds / steps, "images_per_s": images / seconds}
+    if backbone.device.type == "cpu" and os.name == "posix":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        row["peak_gb"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
     if backbone.device.type == "cuda":
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         name = torch.cuda.get_device_name(backbone.device)
@@ -1047,22 +1063,42 @@ class EMA:
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
 
+def check_run_folder(out, resume=None):
+    """Before any weights load: is there a checkpoint to resume from, and can --out be written?
+
+    A folder in which another run has saved is refused: nothing that was trained is written over in silence.
+    """
+    if resume:
+        newest_checkpoint(resume)
+    out = Path(out).absolute()
+    whole = [*sorted(out.glob("step_*")), *out.glob("final")]
+    if whole and (resume is None or out not in (resume.absolute(), resume.absolute().parent)):
+        raise UserError(
+            f"--out {out} holds a run ({whole[-1].name}): go on with --resume {out}, or give a new folder with --out"
+        )
+    with named_failure(f"cannot write to --out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+
+
 class RunLog:
     """log.jsonl, and Weights & Biases if asked for. On other ranks than 0 it does nothing.
 
-    start: the step the run goes on from; rows of an earlier run in the same folder beyond it are dropped, with its
-    checkpoints, and so is what a killed process left half written.
+    state: of the checkpoint the run goes on from, or None. Rows of the log beyond its step are dropped, with their
+    checkpoints, and so is what a killed process left half written. A setting that is not as it was is printed.
     """
 
-    def __init__(self, out, rank, args, start=0, wandb=False):
+    def __init__(self, out, rank, args, state=None, wandb=False):
         self.file, self.wandb = None, None
         if rank > 0:
             return
-        out = Path(out)
+        out, start = Path(out), state["step"] if state else 0
         log = out / "log.jsonl"
+        settings = json.loads(json.dumps(vars(args), default=str))
+        for name, was in (state["args"] if state else {}).items():
+            if name not in ("out", "resume") and was != settings.get(name):
+                print(f"not as before step {start}: --{name} was {was}, is {settings.get(name)}")
         with named_failure(f"cannot write to --out {out}"):
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+            (out / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
             rows = log.read_text().splitlines() if start and log.is_file() else []
             log.write_text("".join(row + "\n" for row in rows if step_of(row) <= start))
             for old in [*out.glob("step_*"), *out.glob(".*.partial"), out / "final"]:
@@ -1070,10 +1106,7 @@ class RunLog:
                     shutil.rmtree(old)
             self.file = log.open("a")
         if wandb:
-            try:
-                import wandb as wandb_package
-            except ImportError:
-                raise UserError("--wandb needs a package: pip install wandb") from None
+            import wandb as wandb_package
 
             self.wandb = wandb_package.init(dir=out, config=vars(args))
 
@@ -1099,7 +1132,7 @@ def named_failure(what):
     """A full disk, a read-only folder and the like become one line that says what could not be done."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.save have errors of their own
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # of json, safetensors and torch.save
         raise UserError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
@@ -1139,24 +1172,31 @@ def flush(path):
         os.close(descriptor)
 
 
+def newest_checkpoint(folder):
+    """The checkpoint folder itself, or the newest one of a run folder."""
+    folder = Path(folder)
+    if (folder / "state.pt").is_file():
+        return folder
+    steps = sorted(folder.glob("step_*"))
+    if not steps:
+        raise UserError(f"--resume {folder}: no checkpoint there; give a run folder or one of its step_NNNNNN folders")
+    return steps[-1]
+
+
 def load_checkpoint(folder, home):
     """Add the adapters of `home`, {name: transformer}, from a checkpoint or a run's newest; returns its state."""
-    folder = Path(folder)
-    if not (folder / "state.pt").is_file():
-        steps = sorted(folder.glob("step_*"))
-        if not steps:
-            raise UserError(
-                f"--resume {folder}: no checkpoint there; give a run folder or one of its step_NNNNNN folders"
-            )
-        folder = steps[-1]
+    folder = newest_checkpoint(folder)
     older = [path for path in sorted(folder.parent.glob("step_*")) if path.name < folder.name]
     hint = f"the next older one: --resume {older[-1]}" if older else "there is no older one beside it"
     try:
         state = load_tensors(folder / "state.pt")
+        with named_failure("args.json"):
+            settings = json.loads((folder / "args.json").read_text())
         for name, transformer in home.items():
             load_adapter(transformer, name, folder / name, trainable=not name.endswith("_ema"))
         if not isinstance(state, dict) or not {"step", "optimizer", "optimizer_fake"} <= set(state):
             raise UserError("state.pt is no training state")
+        state["args"] = settings
     except UserError as error:
         raise UserError(f"{folder} is torn or no checkpoint: {str(error).splitlines()[0]}; {hint}") from error
     return state

@@ -11,10 +11,12 @@ average (normalised units).
 """
 
 import argparse
+import contextlib
 import html
 import json
 import math
 import re
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +102,7 @@ class Weights:
         options |= dict(config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         try:
             model, info = cls.from_pretrained(None if state else source, state_dict=state, **options)
-        except OSError as error:
+        except models.BROKEN as error:  # not there, or torn
             raise self.missing(folder, f"the weights of {cls.__name__}", error) from None
         wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
         wrong += [f"{key} is left over" for key in sorted(info["unexpected_keys"])]
@@ -113,15 +115,20 @@ class Weights:
     def clip(self, folder="clip"):
         """A CLIPModel folder as a `Clip`, loaded once."""
         if folder not in self.shared:
-            from transformers import CLIPModel
+            from transformers import CLIPModel, CLIPTokenizer
 
-            self.shared[folder] = Clip(self.model(CLIPModel, folder), self.clip_tokenizer(folder))
+            model = self.model(CLIPModel, folder)
+            size = model.config.text_config.vocab_size
+            self.shared[folder] = Clip(model, self.tokenizer(CLIPTokenizer, folder, size))
         return self.shared[folder]
 
-    def clip_tokenizer(self, folder="clip"):
-        from transformers import CLIPTokenizer
-
-        return self.open(CLIPTokenizer, folder)
+    def tokenizer(self, cls, folder, size):
+        """A tokenizer of `size` tokens; without its vocabulary's file transformers would make an empty one."""
+        tokenizer = self.open(cls, folder)
+        if len(tokenizer) != size:
+            error = f"{len(tokenizer)} tokens where the model knows {size}; is its vocabulary's file there?"
+            raise self.missing(folder, f"the files of {cls.__name__}", error)
+        return tokenizer
 
 
 def linear_stack(state, prefix, indices, source, between=None):
@@ -289,13 +296,13 @@ class HPSv2(nn.Module):
 
     def __init__(self, weights, device):
         super().__init__()
-        from transformers import CLIPConfig, CLIPModel
+        from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
         name = "HPS_v2.1_compressed.pt"
         state = weights.state("hpsv2", name)
         state = open_clip_to_transformers(state.get("state_dict", state))
         model = weights.model(CLIPModel, "hpsv2", CLIPConfig(**self.CONFIG), state)
-        self.clip = Clip(model, weights.clip_tokenizer())
+        self.clip = Clip(model, weights.tokenizer(CLIPTokenizer, "clip", model.config.text_config.vocab_size))
 
     def forward(self, images, prompts, metadata=None):
         pixels = normalize(resize_and_pad(images, self.clip.size))
@@ -393,7 +400,8 @@ class ImageReward(nn.Module):
         config = BlipTextConfig(**self.TEXT, is_decoder=True)
         self.text = weights.model(BlipTextModel, "imagereward", config, text, add_pooling_layer=False)
         self.head = linear_stack(head, "layers.", (0, 2, 4, 6, 7), name)
-        self.tokenizer = weights.open(BertTokenizer, "bert")
+        # BLIP's table has two rows more than BERT's, [DEC] and [ENC]; neither is asked for here
+        self.tokenizer = weights.tokenizer(BertTokenizer, "bert", self.TEXT["vocab_size"] - 2)
 
     def forward(self, images, prompts, metadata=None):
         pixels = normalize(resize_and_crop(images, self.VISION["image_size"]))
@@ -466,7 +474,8 @@ class HPSv3(nn.Module):
         self.model = weights.model(Qwen2VLModel, "hpsv3", config, state, dtype)
 
     def forward(self, images, prompts, metadata=None):
-        pixels = resize(images, *self.size(*images.shape[-2:])).clamp(0, 1)
+        size = smart_resize(*images.shape[-2:], factor=28, least=448**2, most=448**2)
+        pixels = resize(images, *size).clamp(0, 1)
         rows, grid = patchify(normalize(pixels), self.model.config.vision_config.patch_size)
         start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
         start += "<|image_pad|>" * int(grid[0].prod() // 4) + "<|vision_end|>"
@@ -477,16 +486,17 @@ class HPSv3(nn.Module):
         states = self.model(tokens, position_ids=position, pixel_values=rows, image_grid_thw=grid).last_hidden_state
         return {"hpsv3": self.head(states[torch.arange(len(last)), last].float())[:, 0]}
 
-    @staticmethod
-    def size(height, width, factor=28, area=256 * 28 * 28):
-        """Qwen2-VL's resize to about `area` pixels, both sides multiples of `factor`."""
-        h, w = round(height / factor) * factor, round(width / factor) * factor
-        ratio = math.sqrt(height * width / area)
-        if h * w > area:
-            return tuple(math.floor(side / ratio / factor) * factor for side in (height, width))
-        if h * w < area:
-            return tuple(math.ceil(side / ratio / factor) * factor for side in (height, width))
-        return h, w
+
+def smart_resize(height, width, factor, least, most):
+    """Qwen-VL's picture size: both sides multiples of `factor`, between `least` and `most` pixels in all."""
+    h, w = (max(1, round(side / factor)) * factor for side in (height, width))
+    if h * w > most:
+        shrink = math.sqrt(height * width / most)
+        return tuple(max(1, math.floor(side / shrink / factor)) * factor for side in (height, width))
+    if h * w < least:
+        grow = math.sqrt(least / (height * width))
+        return tuple(math.ceil(side * grow / factor) * factor for side in (height, width))
+    return h, w
 
 
 def pad_right(rows, device):
@@ -516,16 +526,23 @@ class GenEval2(nn.Module):
         self.tokenizer = weights.open(AutoTokenizer, "qwen3vl")
 
     def forward(self, images, prompts, metadata):
+        chances = [self.chances(image[None], m["vqa_list"]) for image, m in zip(images, metadata, strict=True)]
+        means = {"geneval2": [c.log().mean().exp() for c in chances], "geneval2_am": [c.mean() for c in chances]}
+        return {name: torch.stack(values).float() for name, values in means.items()}
+
+    def chances(self, image, questions):
+        """[Q] float64: probability of each right answer. One picture at a time: its keys and values, about a gigabyte
+        with the questions of one prompt, would multiply with the batch."""
         from transformers import DynamicCache
 
-        device, vision = images.device, self.model.config.vision_config
+        device, vision = image.device, self.model.config.vision_config
         factor = vision.patch_size * vision.spatial_merge_size
-        height, width = (max(1, round(side / factor)) * factor for side in images.shape[-2:])
-        pixels = resize(images, height, width).clamp(0, 1)
+        size = smart_resize(*image.shape[-2:], factor, least=256**2, most=4096**2)
+        pixels = resize(image, *size).clamp(0, 1)
         rows, grid = patchify(normalize(pixels, (0.5,) * 3, (0.5,) * 3), vision.patch_size)
         pads = "<|image_pad|>" * int(grid[0].prod() // vision.spatial_merge_size**2)
         start = self.tokenizer(f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>").input_ids
-        start = torch.tensor([start] * len(images), device=device)
+        start = torch.tensor([start], device=device)
         cache = DynamicCache(config=self.model.config)
         kind = (start == self.model.config.image_token_id).int()  # 1 at image tokens, for the positions
         self.model.model(
@@ -533,20 +550,15 @@ class GenEval2(nn.Module):
         )
         position, _ = self.model.model.get_rope_index(start, kind, grid)
 
-        asked = [(i, question, answer) for i, m in enumerate(metadata) for question, answer in m["vqa_list"]]
-        owner = torch.tensor([i for i, _, _ in asked], device=device)
         end = " Answer in one word.<|im_end|>\n<|im_start|>assistant\n"
-        tokens, last = pad_right(self.tokenizer([q + end for _, q, _ in asked]).input_ids, device)
-        cache.batch_select_indices(owner)
+        tokens, last = pad_right(self.tokenizer([q + end for q, _ in questions]).input_ids, device)
+        cache.batch_repeat_interleave(len(questions))
         position = position.max() + 1 + torch.arange(tokens.shape[1], device=device).expand(3, *tokens.shape)
         states = self.model.model(tokens, position_ids=position, past_key_values=cache).last_hidden_state
         logits = self.model.lm_head(states[torch.arange(len(last)), last])
         chances = logits.float().softmax(-1).cpu()
-        right = [chances[j, self.answer_tokens(q, a)].sum() for j, (_, q, a) in enumerate(asked)]
-        owner = owner.cpu()
-        groups = [torch.stack(right)[owner == i].double() for i in range(len(images))]
-        means = {"geneval2": [g.log().mean().exp() for g in groups], "geneval2_am": [g.mean() for g in groups]}
-        return {name: torch.stack(values).float() for name, values in means.items()}
+        right = [row[self.answer_tokens(q, a)].sum() for row, (q, a) in zip(chances, questions, strict=True)]
+        return torch.stack(right).double()
 
     def answer_tokens(self, question, answer):
         """First token of every spelling that counts as the answer; a token that two spellings share counts twice."""
@@ -581,7 +593,11 @@ class OCR(nn.Module):
         self.detector = weights.model(PPOCRV5MobileDetForObjectDetection, "ocr_det")
         self.reader = weights.model(PPOCRV5MobileRecForTextRecognition, "ocr_rec")
         name = "preprocessor_config.json"
-        config = json.loads(weights.file("ocr_rec", name).read_text(encoding="utf-8"))
+        file = weights.file("ocr_rec", name)
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise weights.missing("ocr_rec", name, error) from None
         self.characters, n = config.get("character_list", []), self.reader.config.head_out_channels
         if len(self.characters) != n:
             raise UserError(f"{name} of ocr_rec lists {len(self.characters)} characters, the model tells {n} apart")
@@ -931,11 +947,30 @@ SCORERS = {column: scorer for scorer in CLASSES for column in scorer.columns}
 SCALE = {"pickscore": 1 / 26}  # in sums of rewards, so that a weight of 1 means about the same for every reward
 
 
+@contextlib.contextmanager
+def blamed(scorer):
+    """Whatever goes wrong becomes one line with the scorer's name."""
+    name = scorer.columns[0]
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"reward {name} ran out of GPU memory: try --offload_rewards, a smaller --reward_batch_size where it "
+            "scores, a smaller --batch_size where its gradient is taken"
+        ) from None
+    except UserError as error:
+        raise UserError(f"reward {name}: {error}") from None
+    except Exception as error:  # whatever a model's code raises: the run stops, and says whose fault it was
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"reward {name} failed: {what} ({at.filename}:{at.lineno})") from error
+
+
 class Scorers:
     """The scorers behind {column: weight}; a model that serves two columns is loaded and run once.
 
-    batch_size: images a forward of a scorer takes (default: all that are given). offload: scorers wait on the CPU; for
-    `differentiable` they come to the device and stay until the next `score`.
+    batch_size: images a forward of a scorer takes in `score` (default: all that are given). offload: scorers wait on
+    the CPU; for `differentiable` they come to the device and stay until the next `score`.
     """
 
     def __init__(self, weights, device, reward_dir=None, batch_size=None, offload=False):
@@ -945,7 +980,8 @@ class Scorers:
         files = Weights(reward_dir)
         self.scorers = [cls(files, device) for cls in dict.fromkeys(SCORERS[name] for name in weights)]
         for scorer in self.scorers:
-            scorer.to("cpu" if offload else device)
+            with blamed(scorer):
+                scorer.to("cpu" if offload else device)
 
     @torch.no_grad()
     def score(self, images, prompts, metadata=None, columns=None):
@@ -961,7 +997,6 @@ class Scorers:
         for scorer in self.scorers:
             if not set(columns) & set(scorer.columns):
                 continue
-            scorer.to(self.device)
             for b in range(0, len(prompts), size):
                 part = (images[b : b + size].to(self.device, torch.float32) * 255).round().clamp(0, 255) / 255
                 scores = self.call(scorer, part, prompts[b : b + size], metadata[b : b + size])
@@ -976,7 +1011,7 @@ class Scorers:
         total = images.new_zeros(len(images))
         for scorer in self.scorers:
             if scorer.differentiable:
-                rows = self.call(scorer.to(self.device), images, prompts)
+                rows = self.call(scorer, images, prompts)
                 names = [name for name in rows if name in self.weights]
                 total = total + sum(self.weights[name] * SCALE.get(name, 1) * rows[name] for name in names)
         return total
@@ -986,22 +1021,13 @@ class Scorers:
         tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # cosines of .2 need 1e-3
         try:
-            with torch.autocast(self.device.type, enabled=False):
-                rows = scorer(images, prompts, metadata)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"reward {scorer.columns[0]} ran out of GPU memory on {len(prompts)} images: try a smaller "
-                "--reward_batch_size, or --offload_rewards"
-            ) from None
-        except UserError as error:
-            raise UserError(f"reward {scorer.columns[0]}: {error}") from None
-        except Exception as error:
-            error.add_note(f"in reward {scorer.columns[0]}")
-            raise
+            with blamed(scorer), torch.autocast(self.device.type, enabled=False):
+                rows = scorer.to(self.device)(images, prompts, metadata)
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         for name, row in rows.items():
-            bad = (~torch.isfinite(row)).nonzero().flatten().tolist()
+            # with gradient the loss says it, and the CPU need not wait here
+            bad = [] if row.requires_grad else (~torch.isfinite(row)).nonzero().flatten().tolist()
             if bad:
                 raise UserError(f"{name} returned a score that is not finite for the prompt {prompts[bad[0]]!r}")
         return rows

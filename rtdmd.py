@@ -23,6 +23,7 @@ Writes to --out: args.json, log.jsonl, samples/, step_NNNNNN/ and final/ with th
 """
 
 import argparse
+import importlib.util
 import time
 from pathlib import Path
 
@@ -141,6 +142,13 @@ def parse_args(argv=None):
             p.error(f"--distilled {args.distilled} has no {name}: run acdmd.py first and give its final/ folder")
     if args.skip_nonfinite < 0:
         p.error(f"--skip_nonfinite {args.skip_nonfinite}: must be at least 0")
+    if args.wandb and importlib.util.find_spec("wandb") is None:
+        p.error("--wandb needs a package: pip install wandb")
+    if args.weights and not args.generator_weights and "student" in models.BACKBONES[args.model]:
+        p.error(
+            f"--weights without --generator_weights: the generator of {args.model} starts from weights of its own, the "
+            "step-distilled release; give its folder (or that of --weights again)"
+        )
     if not 0 <= args.lr_decay <= 1:
         p.error(f"--lr_decay {args.lr_decay}: a share of the run, 0 to 1")
     try:
@@ -257,7 +265,7 @@ def sample(backbone, scorers, prompts, metadata, sigmas, chosen, args, indices, 
     """Rollouts of a micro-batch, on the CPU: states [B, 5, C, H, W], log-probabilities {j: [B]}, rewards {name: [B]}"""
     cond, shape, device = backbone.encode(prompts), backbone.latent_shape, backbone.device
     x = models.draw(torch.randn, shape, indices, args.seed, epoch, "start", device=device)
-    states, log_probs = [x.cpu()], {}
+    states, log_probs = [x], {}
     for j in range(len(models.FEW_STEPS)):
         if j in chosen:
             noise = models.draw(torch.randn, shape, indices, args.seed, epoch, "step", j, device=device)
@@ -266,10 +274,11 @@ def sample(backbone, scorers, prompts, metadata, sigmas, chosen, args, indices, 
         v = backbone.velocity(x, sigmas[j], cond)
         x_next = cps_step(x, v, sigmas[j], sigmas[j + 1], args.eta, noise)
         if j in chosen:
-            log_probs[j] = cps_log_prob(x_next, x, v, sigmas[j], sigmas[j + 1], args.eta).cpu()
+            log_probs[j] = cps_log_prob(x_next, x, v, sigmas[j], sigmas[j + 1], args.eta)
         x = x_next
-        states.append(x.cpu())
-    return torch.stack(states, 1), log_probs, scorers.score(backbone.decode(x), prompts, metadata)
+        states.append(x)
+    rewards = scorers.score(backbone.decode(x), prompts, metadata)
+    return torch.stack(states, 1).cpu(), {j: log_prob.cpu() for j, log_prob in log_probs.items()}, rewards
 
 
 def fake_loss(backbone, cond, x0, args, indices, key):
@@ -321,15 +330,14 @@ def pick_prompts(pairs, n, g):
     for i in torch.randperm(len(pairs), generator=g).tolist():
         picked.setdefault(pairs[i][0], pairs[i])
         if len(picked) == n:
-            return list(picked.values())
-    raise models.UserError(
-        f"an epoch needs {n} distinct prompts, the prompt file has {len(picked)}: lower --batches or --batch_size"
-    )
+            break
+    return list(picked.values())
 
 
 def main(args):
     # set-up, models, optimisers
     rank, world_size, device = models.setup_distributed(args.device)
+    models.check_run_folder(args.out, args.resume)
     per_rank = args.batch_size * args.batches
     n_images = per_rank * world_size
     if n_images % args.group_size:
@@ -341,12 +349,20 @@ def main(args):
     stop = models.StopSignal()
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**WEAK_TASKS)
     rewards.check_prompts(pairs, args.rewards)
+    distinct = len({prompt for prompt, _ in pairs})
+    if distinct < n_images // args.group_size:
+        raise models.UserError(
+            f"an epoch needs {n_images // args.group_size} distinct prompts, the prompt file has {distinct}: "
+            "lower --batches or --batch_size"
+        )
+    for name in ("generator_ema", "fake"):
+        models.read_adapter(args.distilled / name)  # is it whole? Known before the models load
     size = args.reward_batch_size or args.batch_size
     scorers = rewards.load_scorers(args.rewards, device, args.reward_dir, size, args.offload_rewards)
     dtype = getattr(torch, args.dtype)
     placement = dict(shard_mode=args.shard, offload_frozen=args.offload_frozen)
     backbone = models.load(
-        args.model, args.weights, device, dtype, args.resolution, args.generator_weights, **placement
+        args.model, args.weights, args.generator_weights, device, dtype, args.resolution, **placement
     )
     backbone.offload_encoders = args.offload_encoders
     backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake", "fake_rl"), "ema": ("distilled", "rl_ema")}
@@ -385,7 +401,7 @@ def main(args):
     say(f"{args.model}: {sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
     say(f"{n_images // args.group_size} prompts x {args.group_size} = {n_images} images an epoch, {args.epochs} epochs")
     say(f"rewards {args.rewards}, sigmas {[round(s, 4) for s in sigmas]}, writing to {args.out}")
-    log = models.RunLog(args.out, rank, args, start, args.wandb)
+    log = models.RunLog(args.out, rank, args, state, args.wandb)
 
     def checkpoint(step, final=False):
         if rank == 0:
@@ -432,7 +448,7 @@ def main(args):
         if args.dm_weight:
             for b in range(0, per_rank, args.batch_size):
                 part = slice(b, b + args.batch_size)
-                x0 = states[part, -1].to(device)
+                x0 = models.to_device(states[part, -1], device)
                 cond = backbone.encode(prompts[part])
                 loss_ac, loss_cons = fake_loss(backbone, cond, x0, args, mine[part], (args.seed, epoch, "fake"))
                 ((loss_ac + args.gamma * loss_cons) / args.batches).backward()
@@ -454,10 +470,10 @@ def main(args):
             part = part if len(part) else order[:1]  # sharded networks must run equally often on every rank
             cond = backbone.encode([prompts[i] for i in part])
             for j in chosen:
-                x, x_next = (states[part, i].to(device) for i in (j, j + 1))
+                x, x_next = (models.to_device(states[part, i], device) for i in (j, j + 1))
                 v = backbone.velocity(x, sigmas[j], cond)
                 log_prob = cps_log_prob(x_next, x, v, sigmas[j], sigmas[j + 1], args.eta)
-                old, advantage = old_log_prob[j][part].to(device), advantages[part].to(device)
+                old, advantage = (models.to_device(t[part], device) for t in (old_log_prob[j], advantages))
                 loss = policy_loss(log_prob, old, advantage, args.clip_range)
                 (args.policy_weight * share / steps * loss).backward()
                 drift = (log_prob.detach() - old).exp() - 1
@@ -469,7 +485,7 @@ def main(args):
             sums["grad_norm/policy"] = torch.nn.utils.get_total_norm([p.grad for p in generator])
         for part in order.split(args.batch_size) if args.dm_weight or args.bp_weight else ():
             # last step: leash and reward back-propagation
-            texts, x = [prompts[i] for i in part], states[part, last].to(device)
+            texts, x = [prompts[i] for i in part], models.to_device(states[part, last], device)
             cond = backbone.encode(texts)
             x0 = cps_step(x, backbone.velocity(x, sigmas[last], cond), sigmas[last], 0.0)
             indices, key = [mine[i] for i in part], (args.seed, epoch, "generator")
@@ -502,7 +518,7 @@ def main(args):
         if args.sample_every and ((epoch + 1) % args.sample_every == 0 or epoch == 0):
             shown = [prompt for prompt, _ in pairs[:16]]
             models.sample_grid(backbone, shown, sigmas, args, rank, f"epoch_{epoch + 1:06d}.png")
-        if (epoch + 1) % args.save_every == 0 or stopped:
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs or stopped:
             checkpoint(epoch + 1)
         if stopped:
             say(f"\nstopped after epoch {epoch + 1}; go on with the same command and --resume {args.out}")

@@ -64,6 +64,8 @@ def parse_args(argv=None):
         args.guidance_scale = 1.0 if few else models.BACKBONES[args.model]["guidance"]
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
+    if args.export and args.export.exists():
+        p.error(f"--export {args.export} exists: give a new folder")
     if args.reward_dir is None and args.model == "classroom":
         args.reward_dir = models.CLASSROOM
     try:
@@ -162,6 +164,8 @@ def prompt_sets(args):
 def main(args):
     rank, world_size, device = models.setup_distributed(args.device)
     sets, weights = prompt_sets(args) if not args.export else ([], {})
+    for folder in args.lora:
+        models.read_adapter(folder)  # is it whole? Known before the models load
     scorers = None
     if weights:
         size = args.reward_batch_size or args.batch_size
@@ -170,7 +174,8 @@ def main(args):
     few = args.steps == len(models.FEW_STEPS)
     # one network is enough here: FLUX.2's generator, which has weights of its own, or its teacher
     student = models.BACKBONES[args.model].get("student") if few or args.lora else None
-    backbone = models.load(args.model, args.weights or student, device, dtype, args.resolution, student=False)
+    options = dict(device=device, dtype=dtype, resolution=args.resolution, student=False)
+    backbone = models.load(args.model, args.weights or student, **options)
     for i, folder in enumerate(args.lora):
         models.load_adapter(backbone.transformer, f"lora_{i}", folder)
     backbone.roles["generator"] = tuple(f"lora_{i}" for i in range(len(args.lora)))
@@ -220,8 +225,6 @@ def main(args):
 
 def export(backbone, folder):
     """Write config.json and the merged weights, as diffusers' from_pretrained reads a transformer."""
-    if folder.exists():
-        raise models.UserError(f"--export {folder} exists: give a new folder")
     network = backbone.transformer
     state = models.merge_adapters(network, backbone.roles["generator"])
     with torch.device("meta"):

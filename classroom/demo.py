@@ -53,11 +53,16 @@ def parse_args(argv=None):
     return args
 
 
-def run_stage(script, args, *flags):
-    """Run a stage script on `--processes` processes, showing its own progress bar. The global batch stays the same."""
+def run_stage(script, args, folder, *flags):
+    """Run a stage script on `--processes` processes, showing its own progress bar. The global batch stays the same.
+
+    A folder with checkpoints is gone on with: a demo that was stopped continues, a finished one only reports.
+    """
     processes = args.processes
     threads = max(1, (os.cpu_count() or 1) // processes)
-    flags = ["--seed", args.seed, *flags]
+    flags = ["--seed", args.seed, *flags, "--out", folder]
+    if list(folder.glob("step_*")):
+        flags += ["--resume", folder]
     if script == "acdmd.py":
         for name in ("batch_size", "consistency_batch"):
             flags += [f"--{name}", acdmd.PRESETS["classroom"][name] // processes]
@@ -69,9 +74,16 @@ def run_stage(script, args, *flags):
     command += [str(ROOT / script), "--device", "cpu", *map(str, flags)]
     shown = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
     print(f"\n$ {shown} {script} --device cpu " + " ".join(map(str, flags)), flush=True)
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    if done.returncode:
-        raise models.UserError(f"{script} ended with status {done.returncode}; its own message stands above")
+    stage = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    try:
+        stage.wait()
+    except KeyboardInterrupt:  # the terminal sent it to the stage too, which saves
+        stage.wait()
+        raise SystemExit("stopped; the same command goes on from here") from None
+    if stage.returncode:
+        raise models.UserError(f"{script} ended with status {stage.returncode}; its own message stands above")
+    if not (folder / "final").is_dir():
+        raise models.UserError(f"{script} was stopped; the same command goes on from here")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -208,11 +220,10 @@ def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
     if "acdmd" in args.stages:
         more = ["--steps", args.acdmd_steps] if args.acdmd_steps else []
-        run_stage("acdmd.py", args, "--out", args.out / "acdmd", *more)
+        run_stage("acdmd.py", args, args.out / "acdmd", *more)
     if "rtdmd" in args.stages:
         more = ["--epochs", args.rtdmd_epochs] if args.rtdmd_epochs else []
-        folder = args.out / "rtdmd"
-        run_stage("rtdmd.py", args, "--distilled", args.distilled, "--out", folder, *more)
+        run_stage("rtdmd.py", args, args.out / "rtdmd", "--distilled", args.distilled, *more)
     if "report" not in args.stages:
         return
     backbone = models.load("classroom")

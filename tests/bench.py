@@ -1,8 +1,8 @@
-"""Speed and memory of both stages at published size, with random weights and dummy embeddings: nothing is downloaded.
+"""Speed and memory of both stages at published size: ms, images/s, MFU and peak GB of their four parts.
 
-    python tests/bench.py --model sd35                     one GPU: ms, images/s, MFU, peak GB of the four parts
-    python tests/bench.py --model flux1 --batch_size 4 --compile
-    python tests/bench.py                                  the classroom, on a CPU
+    python tests/bench.py                                               the classroom, on a CPU
+    python tests/bench.py --model sd35 --random_weights                 one GPU; nothing is downloaded
+    python tests/bench.py --model flux1 --random_weights --batch_size 4 --compile
 
 Stage 1: a fake-score step (rollout of k = 2, L_ac and L_cons) and a generator step (rollout, teacher with guidance,
 L_G). Stage 2: a rollout with decoding, and the update of one micro-batch (fake score, two chosen steps, the leash).
@@ -103,11 +103,10 @@ def measure(step, backbone, images, repeat):
 def main(args):
     _, _, device = models.setup_distributed(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if args.model == "classroom":
-        backbone = models.load("classroom", device=device, dtype=dtype)
-        backbone.encode(["", "a prompt"])
-    else:
+    if args.random_weights:
         backbone = random_backbone(args.model, device, dtype, args.resolution)
+    else:
+        backbone = models.load(args.model, device=device, dtype=dtype, resolution=args.resolution)
     one = acdmd.parse_args(["--model", args.model, "--prompts", __file__][: 2 if args.model == "classroom" else 4])
     n = args.batch_size or one.batch_size
     home = {"generator": backbone.student, "fake": backbone.transformer}
@@ -116,8 +115,9 @@ def main(args):
         parameters = models.add_adapter(network, name, 32, 64, generator=models.seeded(name))
         optimizers[name] = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
         backbone.roles[name] = (name,)
-    for network in backbone.networks() if args.checkpointing else ():
-        models.enable_checkpointing(network)
+    if models.needs_checkpointing(backbone, args.checkpointing, 3 * n):  # as acdmd.py's
+        for network in backbone.networks():
+            models.enable_checkpointing(network)
     if args.compile:
         models.compile_blocks(backbone)
     cond, uncond = backbone.encode(["a prompt"] * n), backbone.encode([""])
@@ -177,11 +177,17 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", default="classroom", choices=models.BACKBONES)
+    parser.add_argument(
+        "--random_weights", action="store_true", help="and dummy embeddings, in place of published ones"
+    )
     parser.add_argument("--resolution", type=int, help="pixels a side (default: the backbone's)")
     parser.add_argument("--batch_size", type=int, help="images (default: stage 1's preset)")
     parser.add_argument("--repeat", type=int, default=5, help="timed calls of each part")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--checkpointing", default="auto", choices=["auto", "on", "off"], help="as in the stages")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, help=".jsonl to append the rows to")
-    models.run(main, parser.parse_args())
+    args = parser.parse_args()
+    if args.random_weights and args.model == "classroom":
+        parser.error("--random_weights: the classroom has weights; leave the flag out")
+    models.run(main, args)

@@ -76,7 +76,7 @@ def harness(folder):
 
 
 def log(out):
-    volatile = ("images_per_s", "seconds")
+    volatile = ("images_per_s", "seconds", "peak_gb")
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in volatile} for row in rows]
 
@@ -149,6 +149,16 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(run):
     assert done.returncode == 2 and "cannot save" in said and "the last good checkpoint is" in said, done.stderr[-2000:]
     assert sorted(path.name for path in run.glob("step_*")) == ["step_000001", "step_000002"]
     resume(run)
+
+
+def test_a_log_on_a_full_disk_is_named(run):
+    """/dev/full answers every write with ENOSPC."""
+    before = {path: path.read_bytes() for path in (run / "step_000002").rglob("*") if path.is_file()}
+    (run / "log.jsonl").unlink()
+    (run / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(models.UserError, match="cannot write to .*log.jsonl.*No space left on device"):
+        resume(run)
+    assert before == {path: path.read_bytes() for path in before}
 
 
 @pytest.mark.parametrize("out", ("/sys/run", "{tmp}/file/run"))

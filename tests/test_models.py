@@ -95,6 +95,25 @@ def test_teacher_is_bit_identical_through_training_and_the_base_is_held_once(bac
     assert size == sum(p.nbytes for p in published.parameters())
 
 
+def test_an_adapter_under_autocast_keeps_its_input_once():
+    transformer = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(8, 4)))
+    models.prepare_for_lora(transformer, ["0"])
+    A, B = models.add_adapter(transformer, "a", 2, 4, generator=models.seeded(0))
+    B.data.fill_(0.5)
+    x, kept = torch.randn(5, 8, generator=models.seeded(1), requires_grad=True), []
+    with models.adapters(transformer, "a"), torch.autocast("cpu", torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = transformer(x)
+    assert y.dtype == torch.bfloat16 and A.dtype == torch.float32
+    of_x = [t for t in kept if t.shape == x.shape]
+    assert of_x and all(t.dtype == torch.bfloat16 for t in of_x) and len({t.data_ptr() for t in of_x}) == 1
+    y.float().sum().backward()
+    base = transformer[0][0].base
+    want = torch.nn.functional.linear(x, base.weight, base.bias) + 2 * (x @ A.T) @ B.T
+    torch.testing.assert_close(y.float(), want, rtol=0.02, atol=0.05)
+    torch.testing.assert_close(A.grad, 2 * (B.T @ torch.ones(4, 5)) @ x.detach(), rtol=0.02, atol=0.05)
+
+
 def test_adapter_file_round_trip_and_refusals(backbone, tmp_path):
     models.save_adapter(backbone.transformer, "generator", tmp_path / "a")
     models.load_adapter(backbone.transformer, "again", tmp_path / "a")

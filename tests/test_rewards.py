@@ -222,7 +222,7 @@ def qwen_inputs(folder, name, image, text, patch, mean, std):
 def test_hpsv3_reads_its_published_naming_and_uses_plain_positions(folder, monkeypatch):
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    monkeypatch.setattr(rewards.HPSv3, "size", staticmethod(lambda h, w: (56, 84)))
+    monkeypatch.setattr(rewards, "smart_resize", lambda *size, **limits: (56, 84))
     images = torch.randint(0, 256, (3, 3, 56, 84), generator=torch.Generator().manual_seed(1)) / 255
     state = models.load_file(folder / "hpsv3/HPSv3.safetensors")
     head = {k: state.pop(k) for k in list(state) if k.startswith("rm_head.")}
@@ -254,10 +254,16 @@ def test_hpsv3_reads_its_published_naming_and_uses_plain_positions(folder, monke
 
 @pytest.mark.parametrize(
     "given, want",
-    (((512, 512), (448, 448)), ((768, 768), (420, 420)), ((1024, 768), (504, 364)), ((720, 1280), (336, 588))),
+    (((512, 512), (448, 448)), ((768, 768), (420, 420)), ((1024, 768), (504, 364)), ((720, 1280), (336, 588)))
+    + (((136, 136), (448, 448)), ((152, 152), (476, 476))),  # enlarging: the published rounding of exact multiples
 )
 def test_hpsv3_picture_size(given, want):
-    assert rewards.HPSv3.size(*given) == want
+    assert rewards.smart_resize(*given, 28, 448**2, 448**2) == want
+
+
+@pytest.mark.parametrize("given, want", (((512, 512), (512, 512)), ((64, 64), (256, 256)), ((100, 300), (160, 448))))
+def test_geneval2_picture_size(given, want):
+    assert rewards.smart_resize(*given, 32, 256**2, 4096**2) == want
 
 
 def test_hpsv3_instruction_is_the_published_one():
@@ -277,7 +283,7 @@ QUESTIONS = [
 def test_geneval2_on_a_shared_prefix_equals_one_question_at_a_time(folder):
     from transformers import Qwen3VLForConditionalGeneration
 
-    images = torch.randint(0, 256, (3, 3, 64, 96), generator=torch.Generator().manual_seed(2)) / 255
+    images = torch.randint(0, 256, (3, 3, 256, 288), generator=torch.Generator().manual_seed(2)) / 255
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder / "qwen3vl").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "qwen3vl")
     first = lambda text: tokenizer(text).input_ids[0]  # noqa: E731
@@ -425,6 +431,29 @@ def test_a_checkpoint_that_does_not_fit_is_named(folder, tmp_path, name, file, c
     damage(tmp_path / file, change)
     with pytest.raises(models.UserError, match=said):
         one(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, file, content, said",
+    (
+        ("clipscore", "clip/tokenizer.json", None, "tokens where the model knows 593; is its vocabulary's file there"),
+        ("hpsv2", "clip/tokenizer.json", None, "tokens where the model knows"),
+        ("imagereward", "bert/vocab.txt", None, "5 tokens where the model knows 62"),
+        ("pickscore", "pickscore/model.safetensors", b"half", "cannot open the weights of CLIPModel of yuvalkirstain"),
+        ("ocr", "ocr_rec/model.safetensors", b"half", "cannot open the weights of PPOCRV5MobileRec"),
+        ("ocr", "ocr_rec/preprocessor_config.json", b'{"character', "cannot open preprocessor_config.json of Paddle"),
+    ),
+)
+def test_a_folder_that_lost_or_tore_a_file_is_named(folder, tmp_path, name, file, content, said):
+    """transformers makes an empty tokenizer where the vocabulary is missing, and any text would score the same."""
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "rewards")
+    path = tmp_path / "rewards" / file
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(models.UserError, match=said) as error:
+        one(name, tmp_path / "rewards")
+    assert "\n" not in str(error.value)
 
 
 def test_a_pickle_is_not_executed(folder, tmp_path):
@@ -753,9 +782,8 @@ def test_micro_batches_do_not_change_scores(folder, images):
 def test_a_scorer_that_raises_stops_the_run_with_its_name(folder, images):
     scorers = rewards.load_scorers({"clipscore": 1.0, "hpsv2": 1.0}, "cpu", folder)
     scorers.scorers[1].clip.model = None
-    with pytest.raises(AttributeError) as error:
+    with pytest.raises(models.UserError, match=r"^reward hpsv2 failed: AttributeError: .* \(.*rewards.py:\d+\)$"):
         scorers.score(images, PROMPTS)
-    assert error.value.__notes__ == ["in reward hpsv2"]
 
 
 def test_offloaded_scorers_wait_on_the_cpu(folder, images, monkeypatch):

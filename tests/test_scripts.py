@@ -84,7 +84,8 @@ SHARDED = {  # run name -> flags
 
 
 def test_two_processes_equal_one_in_every_shard_mode(distilled, tmp_path):
-    """Both stages on the same global batch; and runs saved by two processes go on as one, and the reverse."""
+    """Both stages on the same global batch; runs saved by two processes go on as one, and the reverse, up to rounding;
+    and those that go on as two to the last digit."""
     first = [*SMALL_1, "--save_every", "1", "--steps"]
     second = [*SMALL_2, "--save_every", "1", "--group_size", "8", "--distilled", str(distilled / "final"), "--epochs"]
     for main, flags, name in ((acdmd, first, "acdmd"), (rtdmd, second, "rtdmd")):  # groups span both processes
@@ -95,13 +96,24 @@ def test_two_processes_equal_one_in_every_shard_mode(distilled, tmp_path):
     script = f"""
 import json, sys
 sys.path[:0] = [{str(ROOT)!r}]
-import acdmd, rtdmd
+import acdmd, models, rtdmd
 runs, out = json.load(open("runs.json")), {str(tmp_path)!r}
 for name, more in {SHARDED!r}.items():
     acdmd.main(acdmd.parse_args([*runs["first"], *more, "--out", f"{{out}}/acdmd/{{name}}"]))
     rtdmd.main(rtdmd.parse_args([*runs["second"], *more, "--out", f"{{out}}/rtdmd/{{name}}"]))
-resume = ["--resume", f"{{out}}/acdmd/one/step_000001", "--out", f"{{out}}/acdmd/continued", "--shard", "full"]
-acdmd.main(acdmd.parse_args([*runs["first"], *resume]))
+models.dist.barrier()  # rank 0 has saved
+for stage, run, name in ((acdmd, "first", "acdmd"), (rtdmd, "second", "rtdmd")):
+    for start, mode, end in (("one", "full", "continued"), ("none", "none", "exact")):
+        resume = ["--resume", f"{{out}}/{{name}}/{{start}}/step_000001", "--out", f"{{out}}/{{name}}/{{end}}"]
+        stage.main(stage.parse_args([*runs[run], *resume, "--shard", mode]))
+sparse = [*runs["first"], "--steps", "4", "--log_every", "2", "--save_every", "4", "--out"]
+acdmd.main(acdmd.parse_args([*sparse, f"{{out}}/acdmd/whole"]))
+agreed, calls = models.StopSignal.agreed, []
+models.StopSignal.agreed = lambda self, world_size: calls.append(1) or len(calls) == 3  # a stop between two log lines
+acdmd.main(acdmd.parse_args([*sparse, f"{{out}}/acdmd/stopped"]))
+models.StopSignal.agreed = agreed
+models.dist.barrier()  # rank 0 has saved
+acdmd.main(acdmd.parse_args([*sparse, f"{{out}}/acdmd/stopped", "--resume", f"{{out}}/acdmd/stopped"]))
 """
     (tmp_path / "runs.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "runs.py"]
@@ -110,10 +122,17 @@ acdmd.main(acdmd.parse_args([*runs["first"], *resume]))
     for name in ("acdmd", "rtdmd"):
         for mode in SHARDED:
             close_adapters(tmp_path / name / "one/final", tmp_path / name / mode / "final")
-    resumed = ["--resume", str(tmp_path / "acdmd/full/step_000001"), "--out", str(tmp_path / "acdmd/resumed")]
-    acdmd.main(acdmd.parse_args([*first, "2", "--consistency_batch", "4", *resumed]))
-    for out in ("resumed", "continued"):
-        close_adapters(tmp_path / "acdmd/one/final", tmp_path / "acdmd" / out / "final", rows=slice(1, None))
+        same_adapters(tmp_path / name / "none/final", tmp_path / name / "exact/final")
+        assert log(tmp_path / name / "exact") == log(tmp_path / name / "none")[1:]
+    whole, stopped = (log(tmp_path / "acdmd" / name) for name in ("whole", "stopped"))
+    assert [row["step"] for row in stopped] == [2, 4] and "loss/cons" in stopped[1]
+    for one, two in zip(whole, stopped, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+    for main, flags, name in ((acdmd, first, "acdmd"), (rtdmd, second, "rtdmd")):
+        resumed = ["--resume", str(tmp_path / name / "full/step_000001"), "--out", str(tmp_path / name / "resumed")]
+        main.main(main.parse_args([*flags, "2", "--consistency_batch", "4", *resumed]))
+        for out in ("resumed", "continued"):
+            close_adapters(tmp_path / name / "one/final", tmp_path / name / out / "final", rows=slice(1, None))
 
 
 def close_adapters(a, b, rows=slice(None)):
@@ -135,13 +154,53 @@ def close_adapters(a, b, rows=slice(None)):
         assert one == pytest.approx(two, rel=2e-3, abs=1e-5)
 
 
-def test_a_run_in_a_used_folder_starts_clean_and_a_resumed_one_keeps_one_log(distilled, tmp_path):
+def test_a_used_folder_is_gone_on_with_or_refused(distilled, tmp_path, capsys):
     stage_1(tmp_path, "--steps", 4, "--save_every", 1)
-    first = log(tmp_path)
-    assert stage_1(tmp_path, "--steps", 2, "--save_every", 1)[0] == first[0] and len(log(tmp_path)) == 2
-    assert {f.name for f in tmp_path.iterdir() if f.is_dir()} == {"step_000001", "step_000002", "final"}
-    stage_1(tmp_path, "--steps", 4, "--save_every", 2, "--resume", tmp_path / "step_000002")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for more in ([], ["--resume", distilled]):  # a run elsewhere does not go on here either
+        with pytest.raises(models.UserError, match=f"{tmp_path} holds a run .final.: go on with --resume {tmp_path}"):
+            stage_1(tmp_path, "--steps", 2, *more)
+    with pytest.raises(models.UserError, match="holds a run"):
+        stage_2(tmp_path, distilled / "final", "--epochs", 2)
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    stage_1(tmp_path, "--steps", 4, "--save_every", 2, "--resume", tmp_path / "step_000003")
     assert log(tmp_path) == log(distilled)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not as before")]
+    assert said == ["not as before step 3: --save_every was 1, is 2"]
+
+
+def test_a_finished_run_is_made_longer_from_its_end(distilled, tmp_path):
+    flags = ["--save_every", 3, "--lr_decay", 0]
+    stage_1(tmp_path / "a", "--steps", 4, *flags)
+    stage_1(tmp_path / "a", "--steps", 5, *flags, "--resume", tmp_path / "a")
+    stage_1(tmp_path / "b", "--steps", 5, *flags)
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+    same_adapters(tmp_path / "a/final", tmp_path / "b/final")
+
+
+@pytest.mark.parametrize("broken", ("raises", "is nan"))
+def test_a_reward_that_fails_late_is_named_and_costs_no_checkpoint(distilled, tmp_path, monkeypatch, broken):
+    flags = ["--epochs", 4, "--save_every", 1]
+    whole = stage_2(tmp_path / "whole", distilled / "final", *flags)
+    forward, calls = rewards.CLIPScore.forward, []
+
+    def failing(self, images, prompts, metadata):
+        calls.append(metadata is not None)  # else it is asked for its gradient
+        if sum(calls) == 6:  # two micro-batches an epoch: the last of epoch 3
+            if broken == "raises":
+                raise RuntimeError("the server\nis gone")
+            return {"clipscore": torch.full((len(images),), float("nan"))}
+        return forward(self, images, prompts, metadata)
+
+    monkeypatch.setattr(rewards.CLIPScore, "forward", failing)
+    said = "clipscore failed: RuntimeError: the server .*test_scripts.py:" if broken == "raises" else "not finite"
+    with pytest.raises(models.UserError, match=said):
+        stage_2(tmp_path / "run", distilled / "final", *flags)
+    assert sorted(path.name for path in (tmp_path / "run").glob("step_*")) == ["step_000001", "step_000002"]
+    monkeypatch.undo()
+    assert stage_2(tmp_path / "run", distilled / "final", *flags, "--resume", tmp_path / "run") == whole
+    same_adapters(tmp_path / "whole" / "final", tmp_path / "run" / "final")
 
 
 def test_sigterm_saves_and_the_resumed_log_is_the_uninterrupted_one(tmp_path):
@@ -304,7 +363,7 @@ BAD = {  # command -> what the one line on standard error must say
     "acdmd.py --prompts {tmp}/latin.txt": "latin.txt cannot be read as UTF-8 text",
     "acdmd.py --prompts {tmp}/none.json": "none.json holds no prompts",
     "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {classroom}": "holds a StableDiffusion3Pipeline, and",
-    "acdmd.py --model flux2-4b --prompts {tmp}/plain.txt --weights {tmp}": "it has no model_index.json",
+    "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {tmp}": "it has no model_index.json",
     "acdmd.py --steps 1 --out {tmp}/plain.txt/run": "cannot write to --out",
     "rtdmd.py --distilled {acdmd} --policy_weight 0 --dm_weight 0 --bp_weight 0": "nothing would train",
     "rtdmd.py --distilled {acdmd} --reward_batch_size 0": "--reward_batch_size 0: must be at least 1",
@@ -313,8 +372,14 @@ BAD = {  # command -> what the one line on standard error must say
     "sample.py --lora {tmp}/plain.txt": "plain.txt is no complete file of tensors",
     "sample.py --lora {acdmd}/fake --lora {tmp}": "no adapter at",
     "sample.py --lora {acdmd}/fake --export {tmp}": "exists: give a new folder",
+    "acdmd.py --wandb": "--wandb needs a package: pip install wandb",
+    "acdmd.py --model flux2-4b --prompts {tmp}/plain.txt --weights {tmp}": "--weights without --generator_weights",
+    "rtdmd.py --distilled {tmp}/torn": "is no complete file of tensors",
     "sample.py --eval hpsv2 --reward_dir {tmp}": "cannot open HPS_v2.1_compressed.pt of xswu/HPSv2",
 }
+
+
+NEEDS_WEIGHTS = ("--resolution 50", "--eval hpsv2")  # to know what does not fit them
 
 
 @pytest.mark.parametrize("command", BAD)
@@ -328,15 +393,33 @@ def test_bad_input(command, distilled, tmp_path, monkeypatch, capsys):
     (tmp_path / "nokey.jsonl").write_text('{"caption": "a"}\n')
     (tmp_path / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (tmp_path / "none.json").write_text("[]")
+    for name in ("generator_ema", "fake"):
+        (tmp_path / "torn" / name).mkdir(parents=True)
+        (tmp_path / "torn" / name / models.LORA_FILE).write_bytes(b"half")
     places = dict(tmp=tmp_path, acdmd=distilled / "final", classroom=models.CLASSROOM / "teacher")
     script, *flags = command.format(**places).split()
     module = {"acdmd.py": acdmd, "rtdmd.py": rtdmd, "sample.py": sample}[script]
     monkeypatch.setattr(sys, "argv", [script, *flags])
     monkeypatch.chdir(tmp_path)
+    loaded, load = [], models.load_transformer
+    monkeypatch.setattr(models, "load_transformer", lambda *args: loaded.append(args) or load(*args))
+    began = time.perf_counter()
     with pytest.raises(SystemExit) as stopped:
         models.run(module.main, module.parse_args())
-    assert stopped.value.code == 2
-    assert BAD[command] in capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and time.perf_counter() - began < 10
+    said = capsys.readouterr().err
+    assert BAD[command] in said.splitlines()[-1] and "Traceback" not in said
+    assert not loaded or any(flag in command for flag in NEEDS_WEIGHTS)
+
+
+@pytest.mark.parametrize("command", ("acdmd.py --model sd4", "rtdmd.py --distilled {tmp}", "sample.py --lora nowhere"))
+def test_bad_input_ends_a_process_soon_with_one_line(command, tmp_path):
+    script, *flags = command.format(tmp=tmp_path).split()
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and time.perf_counter() - began < 10
+    usage, _, said = done.stderr.rpartition(f"{script}: error: ")  # argparse prints how a script is used before it
+    assert said.count("\n") == 1 and "Traceback" not in usage
 
 
 def test_a_scorer_that_returns_nan_stops_the_run():

@@ -73,6 +73,7 @@ def write_all(folder):
         (folder / "bert").mkdir()
         letters = "abcdefghijklmnopqrstuvwxyz"
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters)]
+        words += [f"[unused{i}]" for i in range(TEXT["vocab_size"] - 2 - len(words))]
         (folder / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
         (folder / "bert" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
         write_qwen(folder)
