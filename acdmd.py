@@ -19,7 +19,6 @@ generator_ema and fake. final/generator_ema is the result; rtdmd.py goes on from
 """
 
 import argparse
-import importlib.util
 import time
 from pathlib import Path
 
@@ -108,13 +107,6 @@ def parse_args(argv=None):
         p.error(f"--eta {args.eta}: allowed is 0 (ODE) to 1 (full re-noising); the paper uses 0.9")
     if args.skip_nonfinite < 0:
         p.error(f"--skip_nonfinite {args.skip_nonfinite}: must be at least 0")
-    if args.wandb and importlib.util.find_spec("wandb") is None:
-        p.error("--wandb needs a package: pip install wandb")
-    if args.weights and not args.generator_weights and "student" in models.BACKBONES[args.model]:
-        p.error(
-            f"--weights without --generator_weights: the generator of {args.model} starts from weights of its own, the "
-            "step-distilled release; give its folder (or that of --weights again)"
-        )
     if not 0 <= args.lr_decay <= 1:
         p.error(f"--lr_decay {args.lr_decay}: a share of the run, 0 to 1")
     if args.prompts is None and args.model != "classroom":
@@ -186,7 +178,7 @@ def rollout(backbone, cond, sigmas, k, args, indices, key, grad=False):
     for j in range(k):
         last = j == k - 1
         sigma_next = 0.0 if last and args.plain_dmd else sigmas[j + 1]
-        noise = models.draw(torch.randn, shape, indices, *key, "step", j, device=device)  # no part of a step to 0
+        noise = models.draw(torch.randn, shape, indices, *key, "step", j, device=device)  # unused by a step to 0
         with torch.set_grad_enabled(grad and last):
             v = backbone.velocity(x, sigmas[j], cond, role="generator")
             x = cps_step(x, v, sigmas[j], sigma_next, args.eta, noise)
@@ -206,7 +198,9 @@ def fake_losses(backbone, cond, x_s, sigma_s, args, indices, key):
     n = args.consistency_batch or len(x_s)
     delta = models.draw(torch.rand, (), indices[:n], *key, "delta", device=device)
     delta = 1 + (delta * args.delta_max).floor()  # uniform on 1 .. delta_max
-    noise_1, noise_2 = (models.draw(torch.randn, shape, indices[:n], *key, z, device=device) for z in ("z1", "z2"))
+    noise_1, noise_2 = (
+        models.draw(torch.randn, shape, indices[:n], *key, name, device=device) for name in ("z1", "z2")
+    )
     cond_twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
 
     def predict(x, sigma):  # both transitions as one batch of 2n
@@ -219,7 +213,7 @@ def generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key):
     """L_G: re-noise x_s to t, walk back to s once with the guided teacher and once with the fake score, same noise."""
     shape, device = backbone.latent_shape, backbone.device
     with torch.no_grad():
-        noise, back = (models.draw(torch.randn, shape, indices, *key, z, device=device) for z in ("z", "back"))
+        noise, back = (models.draw(torch.randn, shape, indices, *key, name, device=device) for name in ("z", "back"))
         sigma_t = draw_t(models.draw(torch.rand, (), indices, *key, "t", device=device), sigma_s)
         x_t, _, _ = renoise(x_s, sigma_s, sigma_t, noise)
         v_teacher = backbone.velocity(x_t, sigma_t, cond, args.guidance_scale, uncond, role="teacher")
@@ -232,7 +226,7 @@ def generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key):
 def main(args):
     # set-up, models, optimisers
     rank, world_size, device = models.setup_distributed(args.device)
-    models.check_run_folder(args.out, args.resume)
+    models.check_run(args)
     stop = models.StopSignal()
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts()
     prompts = [prompt for prompt, _ in pairs]
@@ -249,6 +243,8 @@ def main(args):
     if args.resume:
         state = models.load_checkpoint(args.resume, home)
         start = state["step"]
+        if start > args.steps:
+            raise models.UserError(f"--steps {args.steps}: the run is at {start} already")
     else:
         for name, network in home.items():
             init = seeded(args.seed, "init", name.removesuffix("_ema"))
@@ -261,11 +257,7 @@ def main(args):
         optimizer.load_state_dict(state["optimizer"])
         optimizer_fake.load_state_dict(state["optimizer_fake"])
     samples = args.batch_size + 2 * (args.consistency_batch or args.batch_size)  # of the fake score's step
-    if models.needs_checkpointing(backbone, args.checkpointing, samples):
-        for network in backbone.networks():
-            models.enable_checkpointing(network)
-    if args.compile:
-        models.compile_blocks(backbone)
+    models.set_up_blocks(backbone, args.checkpointing, samples, args.compile)
 
     sigmas = backbone.sigmas(models.FEW_STEPS)
     uncond = backbone.encode([""])
@@ -280,7 +272,7 @@ def main(args):
         f"{args.steps // args.fake_update_ratio} generator updates"
     )
     say(f"sigmas {[round(s, 4) for s in sigmas]}, eta {args.eta}, {len(prompts)} prompts, writing to {args.out}")
-    log = models.RunLog(args.out, rank, args, state, args.wandb)
+    log = models.RunLog(rank, args, state)
 
     def checkpoint(step, final=False):
         if rank == 0:
@@ -296,7 +288,7 @@ def main(args):
         picks = torch.randint(len(prompts), (batch,), generator=g)[indices.start : indices.stop]
         return backbone.encode([prompts[i] for i in picks]), k, (args.seed, step, use)
 
-    # metrics since the last log line; a run that was stopped in between takes its own along
+    # metrics since the last log line; the checkpoint of a stop between two lines holds them
     window = (state or {}).get("window", {})
     window = {name: [(at, torch.tensor(v, device=device)) for at, v in values] for name, values in window.items()}
     patience = models.Patience(args.skip_nonfinite, args.out, *(state or {}).get("skipped", ()))
@@ -344,9 +336,10 @@ def main(args):
         paused = time.perf_counter()
         if args.sample_every and ((step + 1) % args.sample_every == 0 or step == 0):
             models.sample_grid(backbone, prompts[:16], sigmas, args, rank, f"step_{step + 1:06d}.png")
-        if saving or stopped:
-            checked_means(window, step + 1, world_size, args.out)  # of a stop between two log lines
+        if stopped:  # the steps since the last log line go into the checkpoint
+            checked_means(window, step + 1, world_size, args.out)
             window = mean_window(window, world_size)
+        if saving or stopped:
             checkpoint(step + 1)
         if stopped:
             say(f"\nstopped after step {step + 1}; go on with the same command and --resume {args.out}")

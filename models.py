@@ -11,6 +11,7 @@ eps_hat = x + (1 - sigma) v. All of it is computed in float32, also where the ne
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -36,6 +37,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 class UserError(ValueError):
     """Something a user can mend. `run` prints it as one line and exits with status 2."""
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def run(main, args):
@@ -162,9 +168,9 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
 
     def forward(self, x):
-        kind = x.device.type
-        mixed = torch.is_autocast_enabled(kind)
-        x = x.to(torch.get_autocast_dtype(kind)) if mixed else x  # once: so that one copy is kept for the backward
+        device = x.device.type
+        mixed = torch.is_autocast_enabled(device)
+        x = x.to(torch.get_autocast_dtype(device)) if mixed else x  # once: so that one copy is kept for the backward
         y = self.base(x)
         for name in self.switch.active:
             if name in self.lora_A:
@@ -247,8 +253,7 @@ def save_adapter(transformer, name, folder):
 
 
 # all that missing or broken files make safetensors and torch's unpickler raise
-BROKEN = (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, LookupError)
-BROKEN += (AttributeError, TypeError)
+BROKEN = (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError)
 
 
 def load_tensors(path):
@@ -257,9 +262,9 @@ def load_tensors(path):
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except BROKEN as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no complete file of tensors ({reason}); it may have been cut short") from None
+    except (*BROKEN, LookupError, AttributeError, TypeError) as error:
+        why = first_line(error)
+        raise UserError(f"{path} is no complete file of tensors ({why}); it may have been cut short") from None
 
 
 def read_adapter(source):
@@ -301,7 +306,8 @@ def read_adapter(source):
     if len(ranks) > 1:
         raise UserError(f"{file} mixes the ranks {sorted(ranks)}: an adapter has one rank")
     rank = max(ranks, default=0)
-    default = rank if file.suffix == ".safetensors" else 2 * rank  # diffusers' alpha without metadata; the authors'
+    # without metadata diffusers takes alpha = rank; the authors' .pt files have twice that
+    default = rank if file.suffix == ".safetensors" else 2 * rank
     return modules, config.get("transformer.lora_alpha", config.get("lora_alpha", default)), file
 
 
@@ -361,6 +367,15 @@ def needs_checkpointing(backbone, setting, samples):
     if dist.is_initialized():
         dist.all_reduce(need, dist.ReduceOp.MAX)
     return bool(need > 0.7)
+
+
+def set_up_blocks(backbone, checkpointing, samples, compiled):
+    """Activation checkpointing as the setting and `samples` ask for, and torch.compile."""
+    if needs_checkpointing(backbone, checkpointing, samples):
+        for network in backbone.networks():
+            enable_checkpointing(network)
+    if compiled:
+        compile_blocks(backbone)
 
 
 def saved_bytes(backbone):
@@ -500,12 +515,13 @@ class Backbone:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         for encoder in self.encoders if new else ():
             encoder.to(self.device)
-        # A CPU takes one at a time: rounding must not depend on the neighbours, or a resumed run would differ.
-        at_once = 1 if self.device.type == "cpu" else 64
+        # A CPU takes one at a time: rounding must not depend on the neighbours, or a resumed run would differ in the
+        # last digit, as it may on a GPU. That takes eight: the logits of FLUX.2's encoder are a gigabyte then.
+        at_once = 1 if self.device.type == "cpu" else 8
         for part in (new[i : i + at_once] for i in range(0, len(new), at_once)):
             columns = {name: value.cpu().unbind() for name, value in self.encode_texts(part).items()}
             for i, prompt in enumerate(part):
-                self._embeddings[prompt] = {name: rows[i] for name, rows in columns.items()}
+                self._embeddings[prompt] = {name: column[i] for name, column in columns.items()}
         for encoder in self.encoders if new and self.offload_encoders else ():
             encoder.to("cpu")
         rows = [self._embeddings[p] for p in prompts]
@@ -629,13 +645,13 @@ class Flux1(Backbone):
     def predict(self, network, x, sigma, cond, guidance_scale):
         (b, c, h, w), text = x.shape, cond["encoder_hidden_states"]
         guidance = x.new_full((b,), guidance_scale) if self.embedded_guidance else None
-        self.levels = [1000 * level for level in (sigma, guidance) if level is not None]
-        image_ids = functools.partial(self.pipe._prepare_latent_image_ids, b, h // 2, w // 2, "cpu", x.dtype)
+        self.levels = [1000 * number for number in (sigma, guidance) if number is not None]
+        ids = lambda: self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", x.dtype)  # noqa: E731
         v = network(
             hidden_states=self.pipe._pack_latents(x, b, c, h, w),
             timestep=sigma,
             guidance=guidance,
-            img_ids=self.kept(("image", x.shape), image_ids),
+            img_ids=self.kept(("image", x.shape), ids),
             txt_ids=x.new_zeros(text.shape[1], 3),
             **cond,
             return_dict=False,
@@ -733,9 +749,11 @@ def load(
     )
     own = generator_weights or (None if weights else facts.get("student"))
     if own and student:
-        own = load_transformer(network, fetch(own, "--generator_weights") / "transformer", dtype)
+        student = load_transformer(network, fetch(own, "--generator_weights") / "transformer", dtype)
+    else:
+        student = None
     resolution = resolution or facts["resolution"]
-    backbone = family(pipe, resolution, facts["text_tokens"], device, dtype, own or None)
+    backbone = family(pipe, resolution, facts["text_tokens"], device, dtype, student)
     shard(backbone, shard_mode, offload_frozen)
     return backbone
 
@@ -791,7 +809,7 @@ def fetch(source, flag):
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (OSError, ValueError) as error:  # no network, no such repository, not logged in to a gated one
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise UserError(f"cannot fetch {source}: {why} Give a local pipeline folder with {flag}") from None
 
 
@@ -857,7 +875,8 @@ def sample_grid(backbone, prompts, sigmas, args, rank, name):
     latents = sample_latents(backbone, prompts, sigmas, args.eta, role="ema")
     backbone.evaluations = evaluations  # the grid is no part of the training's pace
     if rank == 0:
-        save_grid(decode_all(backbone, latents), Path(args.out) / "samples" / name, columns=8)
+        with named_failure(f"cannot write to {args.out}/samples"):
+            save_grid(decode_all(backbone, latents), Path(args.out) / "samples" / name, columns=8)
 
 
 PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s; the first name that fits counts
@@ -865,7 +884,7 @@ PEAK |= {"A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 def speed(backbone, seconds, steps, images):
-    """{seconds a step, images_per_s of all processes} since the last call, peak_gb of this process, on a GPU mfu.
+    """{seconds of a step, images_per_s of all processes, peak_gb of this process so far, on a GPU mfu}.
 
     MFU = evaluations x FLOP of one / seconds / peak FLOP/s of the device; recomputed forwards are not counted.
     """
@@ -880,8 +899,7 @@ def speed(backbone, seconds, steps, images):
         name = torch.cuda.get_device_name(backbone.device)
         peak = next((flops for key, flops in PEAK.items() if key in name), None)
         if peak and backbone.dtype == torch.bfloat16:
-            done = backbone.evaluations
-            row["mfu"] = done * backbone.flops / seconds / peak
+            row["mfu"] = backbone.evaluations * backbone.flops / seconds / peak
     backbone.evaluations = 0
     return row
 
@@ -1063,35 +1081,42 @@ class EMA:
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
 
-def check_run_folder(out, resume=None):
-    """Before any weights load: is there a checkpoint to resume from, and can --out be written?
-
-    A folder in which another run has saved is refused: nothing that was trained is written over in silence.
+def check_run(args):
+    """Raise a UserError before any weights load if --resume has no checkpoint, --out cannot be written or holds another
+    run's checkpoints, --wandb has no package, or FLUX.2's generator would start from other weights than it should.
     """
-    if resume:
-        newest_checkpoint(resume)
-    out = Path(out).absolute()
+    out = Path(args.out).resolve()
+    if args.resume:
+        newest_checkpoint(args.resume)
     whole = [*sorted(out.glob("step_*")), *out.glob("final")]
-    if whole and (resume is None or out not in (resume.absolute(), resume.absolute().parent)):
+    if whole and (args.resume is None or out not in (args.resume.resolve(), args.resume.resolve().parent)):
         raise UserError(
             f"--out {out} holds a run ({whole[-1].name}): go on with --resume {out}, or give a new folder with --out"
         )
     with named_failure(f"cannot write to --out {out}"):
         out.mkdir(parents=True, exist_ok=True)
+    if args.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb needs a package: pip install wandb")
+    if args.weights and not args.generator_weights and "student" in BACKBONES[args.model]:
+        raise UserError(
+            f"--weights without --generator_weights: the generator of {args.model} starts from weights of its own, the "
+            "step-distilled release; give its folder (or that of --weights again)"
+        )
 
 
 class RunLog:
     """log.jsonl, and Weights & Biases if asked for. On other ranks than 0 it does nothing.
 
     state: of the checkpoint the run goes on from, or None. Rows of the log beyond its step are dropped, with their
-    checkpoints, and so is what a killed process left half written. A setting that is not as it was is printed.
+    checkpoints, and so is what a killed process left half written. What is dropped is printed, and which settings are
+    not as they were.
     """
 
-    def __init__(self, out, rank, args, state=None, wandb=False):
+    def __init__(self, rank, args, state=None):
         self.file, self.wandb = None, None
         if rank > 0:
             return
-        out, start = Path(out), state["step"] if state else 0
+        out, start = Path(args.out), state["step"] if state else 0
         log = out / "log.jsonl"
         settings = json.loads(json.dumps(vars(args), default=str))
         for name, was in (state["args"] if state else {}).items():
@@ -1104,8 +1129,9 @@ class RunLog:
             for old in [*out.glob("step_*"), *out.glob(".*.partial"), out / "final"]:
                 if old.is_dir() and (not old.name.startswith("step_") or int(old.name[5:]) > start):
                     shutil.rmtree(old)
+                    print(f"going on from step {start}: dropped {old}")
             self.file = log.open("a")
-        if wandb:
+        if args.wandb:
             import wandb as wandb_package
 
             self.wandb = wandb_package.init(dir=out, config=vars(args))
@@ -1133,7 +1159,7 @@ def named_failure(what):
     try:
         yield
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # of json, safetensors and torch.save
-        raise UserError(f"{what}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{what}: {first_line(error)}") from error
 
 
 def save_checkpoint(out, step, home, state, args, source, keep=2, final=False):
@@ -1198,5 +1224,5 @@ def load_checkpoint(folder, home):
             raise UserError("state.pt is no training state")
         state["args"] = settings
     except UserError as error:
-        raise UserError(f"{folder} is torn or no checkpoint: {str(error).splitlines()[0]}; {hint}") from error
+        raise UserError(f"{folder} is torn or no checkpoint: {first_line(error)}; {hint}") from error
     return state

@@ -63,7 +63,7 @@ class Weights:
         place = f"{self.reward_dir or 'REWARDS'}/{folder}/"
         command = "" if "://" in SOURCES[folder] else f" (hf download {SOURCES[folder]} --local-dir {place})"
         return UserError(
-            f"cannot open {name} of {SOURCES[folder]}: {str(error).splitlines()[0]} Put it into {place}{command} "
+            f"cannot open {name} of {SOURCES[folder]}: {models.first_line(error)} Put it into {place}{command} "
             f"and give --reward_dir {self.reward_dir or 'REWARDS'}"
         )
 
@@ -488,7 +488,10 @@ class HPSv3(nn.Module):
 
 
 def smart_resize(height, width, factor, least, most):
-    """Qwen-VL's picture size: both sides multiples of `factor`, between `least` and `most` pixels in all."""
+    """(height, width) of Qwen-VL's pictures: multiples of `factor`, between `least` and `most` pixels in all.
+
+    After smart_resize of transformers' qwen2_vl image processor (Apache-2.0).
+    """
     h, w = (max(1, round(side / factor)) * factor for side in (height, width))
     if h * w > most:
         shrink = math.sqrt(height * width / most)
@@ -526,13 +529,15 @@ class GenEval2(nn.Module):
         self.tokenizer = weights.open(AutoTokenizer, "qwen3vl")
 
     def forward(self, images, prompts, metadata):
-        chances = [self.chances(image[None], m["vqa_list"]) for image, m in zip(images, metadata, strict=True)]
+        chances = [self.answer_chances(image[None], m["vqa_list"]) for image, m in zip(images, metadata, strict=True)]
         means = {"geneval2": [c.log().mean().exp() for c in chances], "geneval2_am": [c.mean() for c in chances]}
         return {name: torch.stack(values).float() for name, values in means.items()}
 
-    def chances(self, image, questions):
-        """[Q] float64: probability of each right answer. One picture at a time: its keys and values, about a gigabyte
-        with the questions of one prompt, would multiply with the batch."""
+    def answer_chances(self, image, questions):
+        """[Q] float64: probability of each right answer. image: [1, 3, H, W].
+
+        One at a time: keys and values of a picture with its questions are about a gigabyte.
+        """
         from transformers import DynamicCache
 
         device, vision = image.device, self.model.config.vision_config
@@ -962,7 +967,7 @@ def blamed(scorer):
         raise UserError(f"reward {name}: {error}") from None
     except Exception as error:  # whatever a model's code raises: the run stops, and says whose fault it was
         at = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        what = f"{type(error).__name__}: {models.first_line(error)}"
         raise UserError(f"reward {name} failed: {what} ({at.filename}:{at.lineno})") from error
 
 

@@ -23,7 +23,6 @@ Writes to --out: args.json, log.jsonl, samples/, step_NNNNNN/ and final/ with th
 """
 
 import argparse
-import importlib.util
 import time
 from pathlib import Path
 
@@ -142,13 +141,6 @@ def parse_args(argv=None):
             p.error(f"--distilled {args.distilled} has no {name}: run acdmd.py first and give its final/ folder")
     if args.skip_nonfinite < 0:
         p.error(f"--skip_nonfinite {args.skip_nonfinite}: must be at least 0")
-    if args.wandb and importlib.util.find_spec("wandb") is None:
-        p.error("--wandb needs a package: pip install wandb")
-    if args.weights and not args.generator_weights and "student" in models.BACKBONES[args.model]:
-        p.error(
-            f"--weights without --generator_weights: the generator of {args.model} starts from weights of its own, the "
-            "step-distilled release; give its folder (or that of --weights again)"
-        )
     if not 0 <= args.lr_decay <= 1:
         p.error(f"--lr_decay {args.lr_decay}: a share of the run, 0 to 1")
     try:
@@ -277,8 +269,8 @@ def sample(backbone, scorers, prompts, metadata, sigmas, chosen, args, indices, 
             log_probs[j] = cps_log_prob(x_next, x, v, sigmas[j], sigmas[j + 1], args.eta)
         x = x_next
         states.append(x)
-    rewards = scorers.score(backbone.decode(x), prompts, metadata)
-    return torch.stack(states, 1).cpu(), {j: log_prob.cpu() for j, log_prob in log_probs.items()}, rewards
+    scores = scorers.score(backbone.decode(x), prompts, metadata)
+    return torch.stack(states, 1).cpu(), {j: log_prob.cpu() for j, log_prob in log_probs.items()}, scores
 
 
 def fake_loss(backbone, cond, x0, args, indices, key):
@@ -289,10 +281,10 @@ def fake_loss(backbone, cond, x0, args, indices, key):
     if args.gamma == 0:
         return loss_ac, torch.zeros_like(loss_ac)
     n = args.consistency_batch or len(x0)
-    delta = models.draw(torch.rand, (), indices[:n], *key, "delta", device=x0.device)
-    delta = 1 + (delta * DELTA_MAX).floor()  # uniform on 1 .. DELTA_MAX
     shape, device = backbone.latent_shape, x0.device
-    noises = (models.draw(torch.randn, shape, indices[:n], *key, z, device=device) for z in ("z1", "z2"))
+    delta = models.draw(torch.rand, (), indices[:n], *key, "delta", device=device)
+    delta = 1 + (delta * DELTA_MAX).floor()  # uniform on 1 .. DELTA_MAX
+    noises = (models.draw(torch.randn, shape, indices[:n], *key, name, device=device) for name in ("z1", "z2"))
     cond_twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
 
     def predict(x, sigma):  # both transitions as one batch of 2n
@@ -337,7 +329,7 @@ def pick_prompts(pairs, n, g):
 def main(args):
     # set-up, models, optimisers
     rank, world_size, device = models.setup_distributed(args.device)
-    models.check_run_folder(args.out, args.resume)
+    models.check_run(args)
     per_rank = args.batch_size * args.batches
     n_images = per_rank * world_size
     if n_images % args.group_size:
@@ -346,14 +338,14 @@ def main(args):
             f"{world_size} processes x batch {args.batch_size} x {args.batches} batches = {n_images} images do not "
             f"split into groups of {args.group_size}: try --group_size {fits}"
         )
+    n_groups = n_images // args.group_size
     stop = models.StopSignal()
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**WEAK_TASKS)
     rewards.check_prompts(pairs, args.rewards)
     distinct = len({prompt for prompt, _ in pairs})
-    if distinct < n_images // args.group_size:
+    if distinct < n_groups:
         raise models.UserError(
-            f"an epoch needs {n_images // args.group_size} distinct prompts, the prompt file has {distinct}: "
-            "lower --batches or --batch_size"
+            f"an epoch needs {n_groups} distinct prompts, the file has {distinct}: lower --batches or --batch_size"
         )
     for name in ("generator_ema", "fake"):
         models.read_adapter(args.distilled / name)  # is it whole? Known before the models load
@@ -375,6 +367,8 @@ def main(args):
     if args.resume:
         state = models.load_checkpoint(args.resume, home)
         start = state["step"]
+        if start > args.epochs:
+            raise models.UserError(f"--epochs {args.epochs}: the run is at {start} already")
     else:
         for name, network in home.items():
             init = seeded(args.seed, "init", name.removesuffix("_ema"))
@@ -388,20 +382,16 @@ def main(args):
         optimizer.load_state_dict(state["optimizer"])
         optimizer_fake.load_state_dict(state["optimizer_fake"])
     samples = args.batch_size + 2 * (args.consistency_batch or args.batch_size)  # of the fake score's step
-    if models.needs_checkpointing(backbone, args.checkpointing, samples):
-        for network in backbone.networks():
-            models.enable_checkpointing(network)
-    if args.compile:
-        models.compile_blocks(backbone)
+    models.set_up_blocks(backbone, args.checkpointing, samples, args.compile)
 
     sigmas = backbone.sigmas(models.FEW_STEPS)
     uncond = backbone.encode([""])
     last = len(models.FEW_STEPS) - 1
     say = print if rank == 0 else lambda *_: None
     say(f"{args.model}: {sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
-    say(f"{n_images // args.group_size} prompts x {args.group_size} = {n_images} images an epoch, {args.epochs} epochs")
+    say(f"{n_groups} prompts x {args.group_size} = {n_images} images an epoch, {args.epochs} epochs")
     say(f"rewards {args.rewards}, sigmas {[round(s, 4) for s in sigmas]}, writing to {args.out}")
-    log = models.RunLog(args.out, rank, args, state, args.wandb)
+    log = models.RunLog(rank, args, state)
 
     def checkpoint(step, final=False):
         if rank == 0:
@@ -414,7 +404,7 @@ def main(args):
     for epoch in bar:
         began = time.perf_counter()
         lr_scale = min(1.0, (args.epochs - epoch) / (args.lr_decay * args.epochs)) if args.lr_decay else 1.0
-        picked = pick_prompts(pairs, n_images // args.group_size, seeded(args.seed, epoch, "prompts"))
+        picked = pick_prompts(pairs, n_groups, seeded(args.seed, epoch, "prompts"))
         all_prompts = [prompt for prompt, _ in picked for _ in range(args.group_size)]
         mine = range(rank * per_rank, (rank + 1) * per_rank)  # images are numbered over all ranks; groups may span them
         prompts = all_prompts[mine.start : mine.stop]

@@ -56,12 +56,17 @@ def parse_args(argv=None):
 def run_stage(script, args, folder, *flags):
     """Run a stage script on `--processes` processes, showing its own progress bar. The global batch stays the same.
 
-    A folder with checkpoints is gone on with: a demo that was stopped continues, a finished one only reports.
+    A folder with checkpoints is gone on with, from where it was stopped; a finished stage has nothing left to do.
     """
     processes = args.processes
     threads = max(1, (os.cpu_count() or 1) // processes)
     flags = ["--seed", args.seed, *flags, "--out", folder]
     if list(folder.glob("step_*")):
+        seed = json.loads((folder / "args.json").read_text())["seed"]
+        if seed != args.seed:
+            raise models.UserError(
+                f"{folder} holds a run with --seed {seed}: give another --out for --seed {args.seed}"
+            )
         flags += ["--resume", folder]
     if script == "acdmd.py":
         for name in ("batch_size", "consistency_batch"):
@@ -124,7 +129,7 @@ def difference(a, b, column):
 
 def write_report(rows, metadata, args):
     tags = np.array([m["tag"] for m in metadata])
-    lines = [f"# Teacher, AC-DMD, RTDMD: {len(metadata)} held-out prompts, same seeds (training seed {args.seed})", ""]
+    lines = [f"# Teacher, AC-DMD, RTDMD: {len(metadata)} held-out prompts, same seeds", ""]
     head = ["sampler", "NFE", "GenEval strict", "GenEval graded", "CLIPScore", *shapes.TASKS]
     head += ["diversity", "colour entropy", "ms/image"]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

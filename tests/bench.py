@@ -115,11 +115,7 @@ def main(args):
         parameters = models.add_adapter(network, name, 32, 64, generator=models.seeded(name))
         optimizers[name] = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
         backbone.roles[name] = (name,)
-    if models.needs_checkpointing(backbone, args.checkpointing, 3 * n):  # as acdmd.py's
-        for network in backbone.networks():
-            models.enable_checkpointing(network)
-    if args.compile:
-        models.compile_blocks(backbone)
+    models.set_up_blocks(backbone, args.checkpointing, n + 2 * (one.consistency_batch or n), args.compile)
     cond, uncond = backbone.encode(["a prompt"] * n), backbone.encode([""])
     sigmas, indices = backbone.sigmas(), range(n)
     two = SimpleNamespace(**vars(one), policy_weight=1.0, dm_weight=1e-3, bp_weight=0.0, clip_range=1e-5)

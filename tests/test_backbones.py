@@ -92,6 +92,21 @@ def test_both_stages_and_sampling(folders, tmp_path, model):
     assert sampled["plain"] != sampled["stack"]
 
 
+@pytest.mark.parametrize("steps, folder", ((4, "flux2-4b-student"), (3, "flux2-4b")))
+def test_sampling_flux2_takes_the_generators_weights_or_the_teachers_alone(
+    folders, tmp_path, monkeypatch, steps, folder
+):
+    ours = dict(repo=str(folders / "flux2-4b"), student=str(folders / "flux2-4b-student"))
+    monkeypatch.setitem(models.BACKBONES, "flux2-4b", models.BACKBONES["flux2-4b"] | ours)
+    flags = ["--model", "flux2-4b", "--resolution", "64", "--device", "cpu", "--prompt", "a cat", "--steps", str(steps)]
+    loaded, load = [], models.load_transformer
+    monkeypatch.setattr(
+        models, "load_transformer", lambda cls, path, dtype: loaded.append(path) or load(cls, path, dtype)
+    )
+    sample.main(sample.parse_args([*flags, "--out", str(tmp_path)]))
+    assert loaded == [folders / folder / "transformer"] and (tmp_path / "grid.png").is_file()
+
+
 def test_flux2_keeps_two_frozen_transformers_and_each_role_its_own(folders):
     backbone = models.load(
         "flux2-4b", folders / "flux2-4b", resolution=64, generator_weights=folders / "flux2-4b-student"

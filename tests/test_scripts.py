@@ -168,6 +168,8 @@ def test_a_used_folder_is_gone_on_with_or_refused(distilled, tmp_path, capsys):
     assert log(tmp_path) == log(distilled)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not as before")]
     assert said == ["not as before step 3: --save_every was 1, is 2"]
+    with pytest.raises(models.UserError, match="--steps 3: the run is at 4 already"):
+        stage_1(tmp_path, "--steps", 3, "--resume", tmp_path)
 
 
 def test_a_finished_run_is_made_longer_from_its_end(distilled, tmp_path):
@@ -213,6 +215,7 @@ def test_sigterm_saves_and_the_resumed_log_is_the_uninterrupted_one(tmp_path):
     )
     file = tmp_path / "b" / "log.jsonl"
     while not (file.is_file() and file.read_text().count("\n") >= 2):
+        assert run.poll() is None
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
     said = run.communicate()[0]
@@ -379,7 +382,7 @@ BAD = {  # command -> what the one line on standard error must say
 }
 
 
-NEEDS_WEIGHTS = ("--resolution 50", "--eval hpsv2")  # to know what does not fit them
+NEEDS_WEIGHTS = ("--resolution 50",)  # what divides it stands in the pipeline's files
 
 
 @pytest.mark.parametrize("command", BAD)
@@ -401,6 +404,7 @@ def test_bad_input(command, distilled, tmp_path, monkeypatch, capsys):
     module = {"acdmd.py": acdmd, "rtdmd.py": rtdmd, "sample.py": sample}[script]
     monkeypatch.setattr(sys, "argv", [script, *flags])
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     loaded, load = [], models.load_transformer
     monkeypatch.setattr(models, "load_transformer", lambda *args: loaded.append(args) or load(*args))
     began = time.perf_counter()
@@ -413,11 +417,10 @@ def test_bad_input(command, distilled, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", ("acdmd.py --model sd4", "rtdmd.py --distilled {tmp}", "sample.py --lora nowhere"))
-def test_bad_input_ends_a_process_soon_with_one_line(command, tmp_path):
+def test_bad_input_ends_a_process_with_one_line(command, tmp_path):
     script, *flags = command.format(tmp=tmp_path).split()
-    began = time.perf_counter()
     done = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and time.perf_counter() - began < 10
+    assert done.returncode == 2
     usage, _, said = done.stderr.rpartition(f"{script}: error: ")  # argparse prints how a script is used before it
     assert said.count("\n") == 1 and "Traceback" not in usage
 
