@@ -181,25 +181,21 @@ def test_a_finished_run_is_made_longer_from_its_end(distilled, tmp_path):
     same_adapters(tmp_path / "a/final", tmp_path / "b/final")
 
 
-@pytest.mark.parametrize("broken", ("raises", "is nan"))
-def test_a_reward_that_fails_late_is_named_and_costs_no_checkpoint(distilled, tmp_path, monkeypatch, broken):
-    flags = ["--epochs", 4, "--save_every", 1]
+def test_a_reward_that_fails_late_is_named_and_costs_no_checkpoint(distilled, tmp_path, monkeypatch):
+    flags = ["--epochs", 3, "--save_every", 1]
     whole = stage_2(tmp_path / "whole", distilled / "final", *flags)
     forward, calls = rewards.CLIPScore.forward, []
 
     def failing(self, images, prompts, metadata):
         calls.append(metadata is not None)  # else it is asked for its gradient
-        if sum(calls) == 6:  # two micro-batches an epoch: the last of epoch 3
-            if broken == "raises":
-                raise RuntimeError("the server\nis gone")
-            return {"clipscore": torch.full((len(images),), float("nan"))}
+        if sum(calls) == 4:  # two micro-batches an epoch: the last of epoch 2
+            raise RuntimeError("the server\nis gone")
         return forward(self, images, prompts, metadata)
 
     monkeypatch.setattr(rewards.CLIPScore, "forward", failing)
-    said = "clipscore failed: RuntimeError: the server .*test_scripts.py:" if broken == "raises" else "not finite"
-    with pytest.raises(models.UserError, match=said):
+    with pytest.raises(models.UserError, match="clipscore failed: RuntimeError: the server .*test_scripts.py:"):
         stage_2(tmp_path / "run", distilled / "final", *flags)
-    assert sorted(path.name for path in (tmp_path / "run").glob("step_*")) == ["step_000001", "step_000002"]
+    assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_000001"]
     monkeypatch.undo()
     assert stage_2(tmp_path / "run", distilled / "final", *flags, "--resume", tmp_path / "run") == whole
     same_adapters(tmp_path / "whole" / "final", tmp_path / "run" / "final")
