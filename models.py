@@ -418,7 +418,8 @@ def compile_blocks(backbone):
     own: more than dynamo's limit of 8, beyond which it would run the rest uncompiled.
     """
     _ = backbone.flops  # counted now: dynamo gives up for good on a block that it first meets while torch counts
-    torch._dynamo.config.recompile_limit = 64
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    setattr(torch._dynamo.config, name, 64)
     for network in backbone.networks():
         for block in blocks(network):
             block.forward = torch.compile(block.forward)

@@ -220,8 +220,11 @@ def test_compiled_blocks_compute_the_same_for_every_role(monkeypatch):
         return lambda *args: ran.append(1) or graph(*args)
 
     monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend=traced))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)  # put back after
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    config, new = torch._dynamo.config, hasattr(torch._dynamo.config, "recompile_limit")  # torch 2.6 has other names
+    limit, fail = "recompile_limit", "fail_on_recompile_limit_hit"
+    limit, fail = (limit, fail) if new else ("cache_size_limit", "fail_on_cache_limit_hit")
+    monkeypatch.setattr(config, limit, getattr(config, limit))  # put back after
+    monkeypatch.setattr(config, fail, True)
     backbone = models.load("classroom")
     for name in ("generator", "fake"):
         for p in models.add_adapter(backbone.transformer, name, 4, 8, generator=models.seeded(name)):
