@@ -19,6 +19,7 @@ generator_ema and fake. final/generator_ema is the result; rtdmd.py goes on from
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -99,12 +100,19 @@ def parse_args(argv=None):
     known, _ = p.parse_known_args(argv)
     p.set_defaults(**{"guidance_scale": models.BACKBONES[known.model]["guidance"], **PRESETS[known.model]})
     args = p.parse_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, float) and name != "reward_margin" and not 0 <= value < math.inf:
+            p.error(f"--{name} {value}: must be a finite number, at least 0")
+    if args.resume and args.out == p.get_default("out"):  # a run goes on in its own folder
+        args.out = args.resume.parent if (args.resume / "state.pt").is_file() else args.resume
     counts = "steps batch_size fake_update_ratio rank delta_max log_every save_every consistency_batch resolution"
     for name in counts.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.eta <= 1:
         p.error(f"--eta {args.eta}: allowed is 0 (ODE) to 1 (full re-noising); the paper uses 0.9")
+    if args.ema_decay > 1:
+        p.error(f"--ema_decay {args.ema_decay}: allowed is 0 (no average) to 1 (no change)")
     if args.skip_nonfinite < 0:
         p.error(f"--skip_nonfinite {args.skip_nonfinite}: must be at least 0")
     if not 0 <= args.lr_decay <= 1:
@@ -154,7 +162,8 @@ def distribution_matching_loss(x_s, x_s_fake, x_s_teacher):
     """
     with torch.no_grad():
         scale = (x_s - x_s_teacher).abs().flatten(1).mean(1)
-        g = torch.nan_to_num((x_s_fake - x_s_teacher) / models.per_sample(scale, x_s), nan=0.0, posinf=0.0, neginf=0.0)
+        scale = models.per_sample(scale, x_s)
+        g = torch.where(scale == 0, 0.0, (x_s_fake - x_s_teacher) / scale)  # NaN elsewhere is an error, and shows
     return 0.5 * (x_s - (x_s - g).detach()).square().mean()
 
 

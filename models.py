@@ -1121,6 +1121,8 @@ class RunLog:
         log = out / "log.jsonl"
         settings = json.loads(json.dumps(vars(args), default=str))
         for name, was in (state["args"] if state else {}).items():
+            if name == "rank" and was != settings.get(name):
+                raise UserError(f"--rank {settings.get(name)}: the adapters of this run have rank {was}, and keep it")
             if name not in ("out", "resume") and was != settings.get(name):
                 print(f"not as before step {start}: --{name} was {was}, is {settings.get(name)}")
         with named_failure(f"cannot write to --out {out}"):

@@ -23,6 +23,7 @@ Writes to --out: args.json, log.jsonl, samples/, step_NNNNNN/ and final/ with th
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -126,6 +127,11 @@ def parse_args(argv=None):
     known, _ = p.parse_known_args(argv)
     p.set_defaults(**{"guidance_scale": models.BACKBONES[known.model]["guidance"], **PRESETS[known.model]})
     args = p.parse_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, float) and name != "reward_margin" and not 0 <= value < math.inf:
+            p.error(f"--{name} {value}: must be a finite number, at least 0")
+    if args.resume and args.out == p.get_default("out"):  # a run goes on in its own folder
+        args.out = args.resume.parent if (args.resume / "state.pt").is_file() else args.resume
     counts = "epochs group_size batch_size batches ema_every save_every consistency_batch resolution reward_batch_size"
     for name in counts.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -235,7 +241,8 @@ def distribution_matching_loss(x0, x0_fake, x0_teacher):
     """L_G at s = 0; its gradient is g / numel, g = (x0^phi - x0^psi) / mean|x0 - x0^psi|."""
     with torch.no_grad():
         scale = (x0 - x0_teacher).abs().flatten(1).mean(1)
-        g = torch.nan_to_num((x0_fake - x0_teacher) / per_sample(scale, x0), nan=0.0, posinf=0.0, neginf=0.0)
+        scale = per_sample(scale, x0)
+        g = torch.where(scale == 0, 0.0, (x0_fake - x0_teacher) / scale)  # NaN elsewhere is an error, and shows
     return 0.5 * (x0 - (x0 - g).detach()).square().mean()
 
 

@@ -119,6 +119,8 @@ def test_matching_gradient_with_zero_normaliser():
     (grad,) = torch.autograd.grad(loss, x_s)
     assert loss.isfinite() and (grad[:2] == 0).all()
     assert close(grad[2], (fake[2] - teacher[2]) / (x_s[2] - teacher[2]).abs().mean() / x_s.numel(), atol=1e-7)
+    fake[2, 0, 0, 0] = float("nan")  # what a network that overflowed gives must not become a gradient of 0
+    assert distribution_matching_loss(x_s, fake, teacher).isnan()
 
 
 def test_policy_gradient_at_ratio_1():

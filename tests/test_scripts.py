@@ -168,6 +168,10 @@ def test_a_used_folder_is_gone_on_with_or_refused(distilled, tmp_path, capsys):
     assert log(tmp_path) == log(distilled)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not as before")]
     assert said == ["not as before step 3: --save_every was 1, is 2"]
+    with pytest.raises(models.UserError, match="--rank 2: the adapters of this run have rank 4"):
+        stage_1(tmp_path, "--steps", 5, "--resume", tmp_path, "--rank", 2)
+    assert acdmd.parse_args(["--resume", str(tmp_path)]).out == tmp_path
+    assert acdmd.parse_args(["--resume", str(tmp_path / "step_000004")]).out == tmp_path
     with pytest.raises(models.UserError, match="--steps 3: the run is at 4 already"):
         stage_1(tmp_path, "--steps", 3, "--resume", tmp_path)
 
@@ -371,6 +375,9 @@ BAD = {  # command -> what the one line on standard error must say
     "sample.py --lora {tmp}/plain.txt": "plain.txt is no complete file of tensors",
     "sample.py --lora {acdmd}/fake --lora {tmp}": "no adapter at",
     "sample.py --lora {acdmd}/fake --export {tmp}": "exists: give a new folder",
+    "acdmd.py --lr nan": "--lr nan: must be a finite number, at least 0",
+    "rtdmd.py --distilled {acdmd} --clip_range -1": "--clip_range -1.0: must be a finite number, at least 0",
+    "acdmd.py --ema_decay 1.5": "--ema_decay 1.5: allowed is 0 (no average) to 1",
     "acdmd.py --wandb": "--wandb needs a package: pip install wandb",
     "acdmd.py --model flux2-4b --prompts {tmp}/plain.txt --weights {tmp}": "--weights without --generator_weights",
     "rtdmd.py --distilled {tmp}/torn": "is no complete file of tensors",
