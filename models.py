@@ -999,11 +999,14 @@ def mean_over_ranks(row, world_size):
 
 
 def check_finite(means, step, out, window=None):
-    """Stop the run if a logged value is not finite, naming a loss before what follows from it.
+    """Stop the run if a logged value is not finite, naming what follows from others, as the generator's, last.
 
     window: {name: [(step, value), ...]} behind the means, to name the step too.
     """
-    bad = sorted((n for n, v in means.items() if not math.isfinite(v)), key=lambda n: not n.startswith("loss"))
+    bad = sorted(
+        (n for n, v in means.items() if not math.isfinite(v)),
+        key=lambda n: ("generator" in n, not n.startswith("loss")),
+    )
     if bad:
         steps = [at for at, value in (window or {}).get(bad[0], ()) if not math.isfinite(value)]
         stop_nonfinite(min(steps, default=step), bad[0], out)
