@@ -101,7 +101,7 @@ def parse_args(argv=None):
     p.set_defaults(**{"guidance_scale": models.BACKBONES[known.model]["guidance"], **PRESETS[known.model]})
     args = p.parse_args(argv)
     for name, value in vars(args).items():
-        if isinstance(value, float) and name != "reward_margin" and not 0 <= value < math.inf:
+        if isinstance(value, float) and not 0 <= value < math.inf:
             p.error(f"--{name} {value}: must be a finite number, at least 0")
     if args.resume and args.out == p.get_default("out"):  # a run goes on in its own folder
         args.out = args.resume.parent if (args.resume / "state.pt").is_file() else args.resume
@@ -180,7 +180,8 @@ def draw_t(u, sigma_s):
 def rollout(backbone, cond, sigmas, k, args, indices, key, grad=False):
     """Walk k CPS steps of the generator from noise, with gradient in the k-th only: (x_s, s). Appendix B.
 
-    With --plain_dmd the k-th step jumps to 0 instead: x_s = x0_hat and s = 0, as in DMD2 (App. K).
+    With --plain_dmd the k-th step jumps to 0 instead: x_s = x0_hat and s = 0, as in DMD2 (App. K). indices, key: which
+    samples of the global batch these are, and what for; all noise of a sample follows from the two (models.draw).
     """
     shape, device = backbone.latent_shape, backbone.device
     x = models.draw(torch.randn, shape, indices, *key, "start", device=device)
@@ -219,7 +220,10 @@ def fake_losses(backbone, cond, x_s, sigma_s, args, indices, key):
 
 
 def generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key):
-    """L_G: re-noise x_s to t, walk back to s once with the guided teacher and once with the fake score, same noise."""
+    """L_G: re-noise x_s to t, walk back to s once with the guided teacher and once with the fake score.
+
+    Both walks share x_t and their noise, so what is left of their difference is that of the two scores.
+    """
     shape, device = backbone.latent_shape, backbone.device
     with torch.no_grad():
         noise, back = (models.draw(torch.randn, shape, indices, *key, name, device=device) for name in ("z", "back"))

@@ -300,6 +300,27 @@ def fake_loss(backbone, cond, x0, args, indices, key):
     return loss_ac, consistency_loss(predict, x_t[:n], sigma_t[:n], v_t[:n], delta, args.eta, *noises)
 
 
+def policy_gradient(backbone, prompts, sigmas, states, old_log_prob, advantages, weight, args):
+    """Accumulate the gradient of weight x policy loss, step by step, so that one step's graph lives at a time.
+
+    states: [B, 5, C, H, W] of `sample`; old_log_prob: {chosen step j: [B]}; advantages: [B]. Returns means over the
+    steps of the loss, |ratio - 1| and the share of clipped samples.
+    """
+    cond, device, means = backbone.encode(prompts), backbone.device, {}
+    for j, old in old_log_prob.items():
+        x, x_next, old, advantage = (
+            models.to_device(t, device) for t in (states[:, j], states[:, j + 1], old, advantages)
+        )
+        log_prob = cps_log_prob(x_next, x, backbone.velocity(x, sigmas[j], cond), sigmas[j], sigmas[j + 1], args.eta)
+        loss = policy_loss(log_prob, old, advantage, args.clip_range)
+        (weight * loss).backward()
+        drift = ((log_prob.detach() - old).exp() - 1).abs()
+        clipped = (drift > args.clip_range).float().mean()
+        values = {"loss/policy": loss, "ratio_drift": drift.mean(), "clip_fraction": clipped}
+        add_to(means, values, len(old_log_prob))
+    return means
+
+
 def last_step_gradients(backbone, scorers, prompts, cond, uncond, x0, args, indices, key):
     """Gradients of both last-step terms with respect to x0, and their values: (g_dm, g_bp, L_G, hinge).
 
@@ -440,7 +461,7 @@ def main(args):
         n_signal, signal = int(signal.sum()), signal[mine.start : mine.stop]
         sampled = time.perf_counter()
 
-        # 4) fake score, on the finished samples, before the advantages are used
+        # 4) fake score, on the finished samples
         sums = {}
         if args.dm_weight:
             for b in range(0, per_rank, args.batch_size):
@@ -465,18 +486,10 @@ def main(args):
             # chosen steps: policy gradient
             share = len(part) * world_size / n_signal  # of all images with signal; ranks are averaged later
             part = part if len(part) else order[:1]  # sharded networks must run equally often on every rank
-            cond = backbone.encode([prompts[i] for i in part])
-            for j in chosen:
-                x, x_next = (models.to_device(states[part, i], device) for i in (j, j + 1))
-                v = backbone.velocity(x, sigmas[j], cond)
-                log_prob = cps_log_prob(x_next, x, v, sigmas[j], sigmas[j + 1], args.eta)
-                old, advantage = (models.to_device(t[part], device) for t in (old_log_prob[j], advantages))
-                loss = policy_loss(log_prob, old, advantage, args.clip_range)
-                (args.policy_weight * share / steps * loss).backward()
-                drift = (log_prob.detach() - old).exp() - 1
-                clipped = (drift.abs() > args.clip_range).float().mean()
-                values = {"loss/policy": loss, "ratio_drift": drift.abs().mean(), "clip_fraction": clipped}
-                add_to(sums, {name: share * value for name, value in values.items()}, len(chosen))
+            texts, old = [prompts[i] for i in part], {j: old_log_prob[j][part] for j in chosen}
+            weight = args.policy_weight * share / steps
+            values = policy_gradient(backbone, texts, sigmas, states[part], old, advantages[part], weight, args)
+            add_to(sums, {name: share * value for name, value in values.items()}, 1)
         if args.policy_weight:
             models.average_gradients(generator, world_size)
             sums["grad_norm/policy"] = torch.nn.utils.get_total_norm([p.grad for p in generator])
@@ -491,10 +504,8 @@ def main(args):
             )
             x0.backward((g_dm + g_bp) / (args.batches * steps))  # chain rule: from dL/dx0 through the transformer
             add_to(sums, {"loss/dm": loss_dm, "loss/bp": loss_bp}, args.batches)
-            per_image = {
-                f"grad_x0/{k}": len(x0) * g.flatten(1).norm(dim=1).mean() for k, g in (("dm", g_dm), ("bp", g_bp))
-            }
-            add_to(sums, per_image, args.batches)
+            for name, g in (("grad_x0/dm", g_dm), ("grad_x0/bp", g_bp)):  # g is of a mean over the batch
+                add_to(sums, {name: len(x0) * g.flatten(1).norm(dim=1).mean()}, args.batches)
         norm = step_optimizer(optimizer, lr_scale * args.lr, world_size, args.skip_nonfinite > 0)
         sums["grad_norm/generator"] = norm
         sums = {} if patience.skipped(norm, epoch + 1, "grad_norm/generator") else sums
