@@ -5,6 +5,10 @@
 Runs acdmd.py and rtdmd.py (the commands are printed), then samples four generators on the same held-out prompts and the
 same seeds: the teacher with 28 guided steps, the teacher with 4 steps, AC-DMD with 4, RTDMD with 4.
 Writes report.md, samples.png and curves.png to --out.
+
+    python classroom/demo.py --stages ablations                          about 70 minutes more
+
+trains each stage again without one part of the method, and writes to ablations.md what that costs.
 """
 
 import argparse
@@ -30,13 +34,24 @@ from classroom import shapes  # noqa: E402
 from sample import bootstrap_error, generate  # noqa: E402
 
 COLUMNS = {"geneval_strict": 1.0, "geneval": 1.0, "clipscore": 1.0}
+HEAD = ["GenEval strict", "GenEval graded", "CLIPScore"]
+# folder: the stage, its flag, and what is missing then
+ABLATIONS = {
+    "no_consistency": ("acdmd.py", "--gamma 0", "no consistency term"),
+    "plain_dmd": ("acdmd.py", "--plain_dmd", "no sub-intervals"),
+    "all_steps": ("rtdmd.py", "--n_chosen 3", "all stochastic steps, no SubGRPO"),
+    "no_backprop": ("rtdmd.py", "--bp_weight 0", "no reward back-propagation"),
+    "no_matching": ("rtdmd.py", "--dm_weight 0", "no distribution matching"),
+    "no_policy": ("rtdmd.py", "--policy_weight 0", "no policy gradient"),
+}
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--out", type=Path, default=Path("out/classroom"), help="folder of both runs and the report")
     p.add_argument("--seed", type=int, default=0, help="of both trainings; the evaluation is fixed")
-    p.add_argument("--stages", nargs="+", default=["acdmd", "rtdmd", "report"], choices=["acdmd", "rtdmd", "report"])
+    stages = ["acdmd", "rtdmd", "report"]
+    p.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "ablations"])
     p.add_argument("--acdmd_steps", type=int, help="iterations of stage 1 (default: acdmd.py's)")
     p.add_argument("--rtdmd_epochs", type=int, help="epochs of stage 2 (default: rtdmd.py's)")
     p.add_argument(
@@ -69,9 +84,12 @@ def run_stage(script, args, folder, *flags):
             )
         flags += ["--resume", folder]
     if script == "acdmd.py":
+        flags += ["--steps", args.acdmd_steps] if args.acdmd_steps else []
         for name in ("batch_size", "consistency_batch"):
             flags += [f"--{name}", acdmd.PRESETS["classroom"][name] // processes]
     else:
+        flags += ["--epochs", args.rtdmd_epochs] if args.rtdmd_epochs else []
+        flags += ["--distilled", args.distilled]
         flags += ["--batches", rtdmd.PRESETS["classroom"]["batches"] // processes]
     command = [sys.executable]
     if processes > 1:  # two processes of one thread use two cores better than one process of two threads
@@ -127,34 +145,60 @@ def difference(a, b, column):
     return gap.mean(), bootstrap_error(gap)
 
 
-def write_report(rows, metadata, args):
+def score_table(rows, metadata):
+    """Lines of a markdown table, one row a sampler."""
     tags = np.array([m["tag"] for m in metadata])
-    lines = [f"# Teacher, AC-DMD, RTDMD: {len(metadata)} held-out prompts, same seeds", ""]
-    head = ["sampler", "NFE", "GenEval strict", "GenEval graded", "CLIPScore", *shapes.TASKS]
-    head += ["diversity", "colour entropy", "ms/image"]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    head = ["sampler", "NFE", *HEAD, *shapes.TASKS, "diversity", "colour entropy", "ms/image"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["name"], str(row["nfe"])]
         cells += [f"{row['scores'][c].mean():.3f} ± {bootstrap_error(row['scores'][c]):.3f}" for c in COLUMNS]
         cells += [f"{row['scores']['geneval_strict'][tags == t].mean():.2f}" for t in shapes.TASKS]
         cells += [f"{row['spread']:.3f}", f"{row['entropy']:.2f}", f"{row['ms']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def difference_table(pairs):
+    """Lines of a markdown table of paired differences. pairs: [(label, row, row to subtract)]"""
+    lines = ["| paired difference | " + " | ".join(HEAD) + " |", "|" + "---|" * 4]
+    for label, a, b in pairs:
+        gaps = [difference(a, b, c) for c in COLUMNS]
+        lines.append(f"| {label} | " + " | ".join(f"{m:+.3f} ± {e:.3f}" for m, e in gaps) + " |")
+    return lines
+
+
+def write_report(rows, metadata, args):
+    lines = [f"# Teacher, AC-DMD, RTDMD: {len(metadata)} held-out prompts, same seeds", ""]
+    lines += score_table(rows, metadata)
     lines += ["", "± is the standard error by bootstrap over prompts; task columns are strict. Diversity: mean pixel"]
-    lines += [
-        "distance of 8 pictures of one prompt. Colour entropy: of colours the prompt leaves open, 1 is uniform.",
-        "",
-    ]
+    lines += ["distance of 8 pictures of one prompt. Colour entropy: of colours the prompt leaves open, 1 is uniform."]
     by_name = {row["name"].split(",")[0]: row for row in rows}
-    lines += ["| paired difference | " + " | ".join(head[2:5]) + " |", "|" + "---|" * 4]
-    for a, b in (("AC-DMD", "teacher 4 CPS steps"), ("RTDMD", "AC-DMD"), ("RTDMD", "teacher 28 steps guided")):
-        gaps = [difference(by_name[a], by_name[b], c) for c in COLUMNS]
-        lines.append(f"| {a} − {b} | " + " | ".join(f"{m:+.3f} ± {e:.3f}" for m, e in gaps) + " |")
-    text = "\n".join(lines) + "\n"
-    (args.out / "report.md").write_text(text)
+    pairs = (("AC-DMD", "teacher 4 CPS steps"), ("RTDMD", "AC-DMD"), ("RTDMD", "teacher 28 steps guided"))
+    lines += ["", *difference_table([(f"{a} − {b}", by_name[a], by_name[b]) for a, b in pairs])]
+    write_table(args.out / "report", lines, rows)
+
+
+def write_ablations(rows, metadata, args):
+    lines = [f"# Without a part of the method: {len(metadata)} held-out prompts, same seeds", ""]
+    lines += score_table(rows, metadata)
+    by_name = {row["name"]: row for row in rows}
+    pairs = []
+    for script, flag, missing in ABLATIONS.values():
+        full = "AC-DMD" if script == "acdmd.py" else "RTDMD"
+        pairs.append((f"{full} `{flag}`: {missing}", by_name[f"{full}, {missing}"], by_name[full]))
+    lines += ["", "Without the part, less the full method; one training run each:", "", *difference_table(pairs)]
+    write_table(args.out / "ablations", lines, rows)
+
+
+def write_table(path, lines, rows):
+    """path.md, the lines; path.json, every prompt's scores."""
     flat = [{k: v for k, v in row.items() if k != "images"} for row in rows]
     for row in flat:
         row["scores"] = {c: v.tolist() for c, v in row["scores"].items()}
-    (args.out / "report.json").write_text(json.dumps(flat) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(flat) + "\n")
+    text = "\n".join(lines) + "\n"
+    path.with_suffix(".md").write_text(text)
     print("\n" + text)
 
 
@@ -220,22 +264,19 @@ STAGE_2 = ["reward/geneval_strict", "reward/geneval", "reward/clipscore", "loss/
 STAGE_2 += ["grad_norm/policy", "grad_x0/dm", "grad_x0/bp"]
 
 
-def main(args):
-    start = time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if "acdmd" in args.stages:
-        more = ["--steps", args.acdmd_steps] if args.acdmd_steps else []
-        run_stage("acdmd.py", args, args.out / "acdmd", *more)
-    if "rtdmd" in args.stages:
-        more = ["--epochs", args.rtdmd_epochs] if args.rtdmd_epochs else []
-        run_stage("rtdmd.py", args, args.out / "rtdmd", "--distilled", args.distilled, *more)
-    if "report" not in args.stages:
-        return
+def load_adapters(folders):
+    """(backbone, scorers): the classroom and its judges; folders: {adapter name: where it is}."""
     backbone = models.load("classroom")
-    for name, folder in (("acdmd", args.distilled / "generator_ema"), ("rtdmd", args.rl / "rl_ema")):
+    for name, folder in folders.items():
         models.load_adapter(backbone.student, name, folder)
+    return backbone, rewards.load_scorers(COLUMNS, "cpu", models.CLASSROOM)
+
+
+def report(args):
+    """Sample and score teacher, AC-DMD and RTDMD; write the table and the pictures. Returns the files' names."""
+    folders = {"acdmd": args.distilled / "generator_ema", "rtdmd": args.rl / "rl_ema"}
+    backbone, scorers = load_adapters(folders)
     backbone.roles |= {"acdmd": ("acdmd",), "rtdmd": ("acdmd", "rtdmd")}
-    scorers = rewards.load_scorers(COLUMNS, "cpu", models.CLASSROOM)
     metadata = shapes.sample_prompts(args.n_prompts, 0, "heldout")
     few, many, guidance = backbone.sigmas(), backbone.sigmas(28), models.BACKBONES["classroom"]["guidance"]
     samplers = [
@@ -252,8 +293,42 @@ def main(args):
     logs = [log for log in logs if log[1].is_file()]
     if logs:  # adapters from elsewhere may come without
         draw_curves(logs, args.out / "curves.png")
-    pictures = "samples.png" + (", curves.png" if logs else "")
-    print(f"{args.out}/report.md, {pictures}; {(time.perf_counter() - start) / 60:.1f} minutes in all")
+    return ["report.md", "samples.png"] + (["curves.png"] if logs else [])
+
+
+def ablations(args):
+    """Train the stages again, same seed, without one part at a time; score them all and write the table."""
+    folders = {"acdmd": args.distilled / "generator_ema", "rtdmd": args.rl / "rl_ema"}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise models.UserError(f"{folder} does not exist: run the stages acdmd and rtdmd first")
+    roles = {"AC-DMD": ("acdmd",), "RTDMD": ("acdmd", "rtdmd")}
+    for name, (script, flag, missing) in ABLATIONS.items():
+        run = args.out / "ablations" / name
+        run_stage(script, args, run, *flag.split())
+        if script == "acdmd.py":
+            folders[name], roles[f"AC-DMD, {missing}"] = run / "final" / "generator_ema", (name,)
+        else:
+            folders[name], roles[f"RTDMD, {missing}"] = run / "final" / "rl_ema", ("acdmd", name)
+    backbone, scorers = load_adapters(folders)
+    backbone.roles |= roles
+    metadata = shapes.sample_prompts(args.n_prompts, 0, "heldout")
+    rows = [evaluate(backbone, scorers, metadata, role, role, backbone.sigmas(), 0.9, 1.0) for role in roles]
+    write_ablations(rows, metadata, args)
+    return ["ablations.md"]
+
+
+def main(args):
+    start = time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if "acdmd" in args.stages:
+        run_stage("acdmd.py", args, args.out / "acdmd")
+    if "rtdmd" in args.stages:
+        run_stage("rtdmd.py", args, args.out / "rtdmd")
+    files = report(args) if "report" in args.stages else []
+    files += ablations(args) if "ablations" in args.stages else []
+    if files:
+        print(f"{args.out}/{', '.join(files)}; {(time.perf_counter() - start) / 60:.1f} minutes in all")
 
 
 if __name__ == "__main__":

@@ -309,14 +309,27 @@ def test_sample_writes_scores_for_a_stack(distilled, tmp_path):
     assert got["weighted_mean"] == pytest.approx(means / 2)
 
 
-def test_demo_from_start_to_report(tmp_path):
-    command = [sys.executable, "classroom/demo.py", "--out", str(tmp_path), "--n_prompts", "12"]
-    command += ["--acdmd_steps", "12", "--rtdmd_epochs", "3"]
+def test_demo_from_start_to_report_and_ablations(tmp_path, monkeypatch):
+    flags = ["--out", str(tmp_path), "--n_prompts", "12", "--acdmd_steps", "12", "--rtdmd_epochs", "3"]
+    command = [sys.executable, "classroom/demo.py", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     text = (tmp_path / "report.md").read_text()
     assert all(name in text for name in ("teacher 28 steps guided | 56", "AC-DMD, 4 CPS steps | 4", "RTDMD − AC-DMD"))
     assert (tmp_path / "samples.png").stat().st_size > 10_000 and (tmp_path / "curves.png").stat().st_size > 5_000
+
+    one_each = {name: demo.ABLATIONS[name] for name in ("plain_dmd", "no_matching")}
+    monkeypatch.setattr(demo, "ABLATIONS", one_each)
+    monkeypatch.chdir(ROOT)
+    demo.main(demo.parse_args([*flags, "--stages", "ablations"]))
+    text = (tmp_path / "ablations.md").read_text()
+    assert all(f"`{flag}`: {missing} | " in text for _, flag, missing in one_each.values())
+    report, rows = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("report", "ablations"))
+    assert [row["scores"] for row in report[-2:]] == [row["scores"] for row in rows[:2]]  # the full methods
+    for row, run in zip(rows[2:], ("plain_dmd", "no_matching"), strict=True):
+        assert row["scores"] not in (report[-1]["scores"], report[-2]["scores"]), run
+    for run, name, value in (("plain_dmd", "plain_dmd", True), ("no_matching", "dm_weight", 0)):
+        assert json.loads((tmp_path / "ablations" / run / "args.json").read_text())[name] == value
 
 
 def test_color_entropy_is_0_for_one_color_and_1_for_all():
@@ -328,6 +341,11 @@ def test_color_entropy_is_0_for_one_color_and_1_for_all():
         images = shapes.render([[("circle", c, 1, 1)] for c in colors], rng)
         images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
         assert demo.color_entropy(images, metadata) == pytest.approx(want)
+
+
+def test_ablations_need_the_full_method_first(tmp_path):
+    with pytest.raises(models.UserError, match="generator_ema does not exist: run the stages acdmd and rtdmd first"):
+        demo.main(demo.parse_args(["--out", str(tmp_path), "--stages", "ablations"]))
 
 
 BAD = {  # command -> what the one line on standard error must say
