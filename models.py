@@ -262,8 +262,12 @@ def load_tensors(path):
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except pickle.UnpicklingError:  # torch's text goes on to recommend running it
+        raise UserError(f"{path} holds more than tensors, and pickled code is never run: save its state dict") from None
     except (*BROKEN, LookupError, AttributeError, TypeError) as error:
-        why = first_line(error)
+        why = f"{type(error).__name__}: {str(error).split('. ')[0]}".strip(" :")
         raise UserError(f"{path} is no complete file of tensors ({why}); it may have been cut short") from None
 
 
@@ -1086,12 +1090,15 @@ class EMA:
 
 
 def check_run(args):
-    """Raise a UserError before any weights load if --resume has no checkpoint, --out cannot be written or holds another
-    run's checkpoints, --wandb has no package, or FLUX.2's generator would start from other weights than it should.
+    """Raise a UserError before any weights load if --resume has no checkpoint of this stage, --out cannot be written or
+    holds another run's checkpoints, --wandb has no package, or FLUX.2's generator would start from wrong weights.
     """
     out = Path(args.out).resolve()
     if args.resume:
-        newest_checkpoint(args.resume)
+        folder = newest_checkpoint(args.resume)
+        other = "acdmd.py" if hasattr(args, "distilled") else "rtdmd.py"
+        if (folder / other).is_file():  # a checkpoint holds its script
+            raise UserError(f"--resume {folder}: that is a run of {other}")
     whole = [*sorted(out.glob("step_*")), *out.glob("final")]
     if whole and (args.resume is None or out not in (args.resume.resolve(), args.resume.resolve().parent)):
         raise UserError(

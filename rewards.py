@@ -52,6 +52,8 @@ class Weights:
 
     def __init__(self, reward_dir=None):
         self.reward_dir = Path(reward_dir) if reward_dir else None
+        if reward_dir and not self.reward_dir.is_dir():
+            raise UserError(f"--reward_dir {reward_dir} is not a folder: make it, or leave it out to ask the hub")
         self.shared = {}
 
     def source(self, folder):
@@ -751,7 +753,7 @@ class GenEval(nn.Module):
 
     def __init__(self, weights, device):
         super().__init__()
-        if weights.reward_dir and weights.reward_dir.resolve() == models.CLASSROOM:
+        if is_classroom(weights.reward_dir):
             from classroom.shapes import detect
 
             pixels = lambda images: (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # noqa: E731
@@ -764,6 +766,11 @@ class GenEval(nn.Module):
         checks = [geneval_check(d, m) for d, m in zip(found, metadata, strict=True)]
         keys = zip(self.columns, ("graded", "strict", "correct"), strict=True)
         return {name: torch.tensor([float(c[key]) for c in checks]) for name, key in keys}
+
+
+def is_classroom(reward_dir):
+    """Is this the folder whose GenEval judge is the classroom's?"""
+    return reward_dir is not None and Path(reward_dir).resolve() == models.CLASSROOM
 
 
 COCO = (  # GenEval's names of the 80 classes, in COCO's order
@@ -868,6 +875,9 @@ class ObjectDetector(nn.Module):
         embeds = F.normalize(self.clip.text(texts).view(len(COLORS), len(kinds), -1).mean(1), dim=-1)
         seen = self.clip.image(normalize(resize_and_crop(cut, self.clip.size)))
         return COLORS[int((embeds @ seen[0]).argmax())]
+
+
+RELATIONS = ("left of", "right of", "above", "below")
 
 
 def relative_position(a, b, margin=0.1):
@@ -981,7 +991,7 @@ class Scorers:
     def __init__(self, weights, device, reward_dir=None, batch_size=None, offload=False):
         models.quiet_libraries()
         self.weights, self.device = dict(weights), torch.device(device)
-        self.batch_size, self.offload = batch_size, offload
+        self.batch_size, self.offload, self.reward_dir = batch_size, offload, reward_dir
         files = Weights(reward_dir)
         self.scorers = [cls(files, device) for cls in dict.fromkeys(SCORERS[name] for name in weights)]
         for scorer in self.scorers:
@@ -996,7 +1006,7 @@ class Scorers:
         """
         columns = list(self.weights) if columns is None else columns
         metadata = [{}] * len(prompts) if metadata is None else metadata
-        check_prompts(list(zip(prompts, metadata, strict=True)), columns)
+        check_prompts(list(zip(prompts, metadata, strict=True)), columns, self.reward_dir)
         rows = {name: [] for name in columns}
         size = self.batch_size or max(1, len(prompts))
         for scorer in self.scorers:
@@ -1056,6 +1066,8 @@ def parse_weights(text):
     for item in text.split(","):
         name, _, weight = item.strip().partition("=")
         check_names([name])
+        if name in weights:
+            raise UserError(f"reward {name} stands twice in {text!r}: give it once")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
@@ -1073,7 +1085,7 @@ def read_prompts(path):
     """[(prompt, metadata)] from .txt (a prompt a line), .jsonl or .json ("prompt" or "text"; the rest is metadata)."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"prompt file {path} does not exist")
+        raise UserError(f"prompt file {path} " + ("is a folder" if path.is_dir() else "does not exist"))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -1115,14 +1127,18 @@ def classroom_prompts(**repeat):
     return [(c[i % len(c)]["prompt"], c[i % len(c)]) for i in range(longest) for c in columns]
 
 
-def check_prompts(pairs, columns):
+def check_prompts(pairs, columns, reward_dir=None):
     """Raise a UserError if a prompt lacks what a scorer will need."""
     need = {scorer for name, scorer in SCORERS.items() if name in columns}
+    classes, colors = COCO, COLORS
+    if GenEval in need and is_classroom(reward_dir):
+        from classroom.shapes import COLORS as colors
+        from classroom.shapes import SHAPES as classes
     for number, (prompt, metadata) in enumerate(pairs, 1):
-        if GenEval in need and not {"tag", "include"} <= set(metadata):
-            raise UserError(
-                f'prompt {number} ({prompt!r}) has no "tag" and "include", which geneval needs: take a GenEval .jsonl'
-            )
+        if GenEval in need:
+            wrong = geneval_fault(metadata, classes, colors)
+            if wrong:
+                raise UserError(f"prompt {number} ({prompt!r}) {wrong}")
         if GenEval2 in need and not metadata.get("vqa_list"):
             raise UserError(
                 f'prompt {number} ({prompt!r}) has no "vqa_list", which geneval2 needs: take geneval2_data.jsonl of '
@@ -1130,6 +1146,28 @@ def check_prompts(pairs, columns):
             )
         if OCR in need:
             quoted_text(prompt)
+
+
+def geneval_fault(metadata, classes, colors):
+    """What is wrong with the metadata of one prompt, or None. The judge would score an unknown name low in silence."""
+    include, exclude = metadata.get("include"), metadata.get("exclude", [])
+    if "tag" not in metadata or not isinstance(include, list) or not include or not isinstance(exclude, list):
+        return 'has no "tag" and "include", which geneval needs: take a GenEval .jsonl'
+    known = (("tag", metadata["tag"], TASKS),)
+    for i, need in enumerate([*include, *exclude]):
+        if not isinstance(need, dict) or type(need.get("count")) is not int or need["count"] < 1:
+            return f'asks for {need}: every entry of "include" and "exclude" needs a "count", a whole number above 0'
+        known += (("class", need.get("class"), classes),)
+        known += (("color", need["color"], colors),) if "color" in need else ()
+        if "position" in need:
+            where = need["position"]
+            if not (isinstance(where, list | tuple) and len(where) == 2 and where[1] in range(min(i, len(include)))):
+                return f'has the position {where}: write [relation, number of an earlier entry of "include"], from 0'
+            known += (("relation", where[0], RELATIONS),)
+    for what, name, allowed in known:
+        if name not in list(allowed):
+            return f"has the {what} {name!r}, which geneval's judge does not know; allowed: {', '.join(allowed)}"
+    return None
 
 
 def geneval_prompts(n, seed=0, exclude=()):
@@ -1179,7 +1217,7 @@ def geneval_prompt(tag, rng):
         m["include"][0]["color"] = c
         text = one(a, c)
     elif tag == "position":
-        relation = pick(("left of", "right of", "above", "below"))[0]
+        relation = pick(RELATIONS)[0]
         m["include"].append({"class": b, "count": 1, "position": [relation, 0]})  # the reference object comes first
         text = f"{one(b)} {relation} {one(a)}"
     else:
@@ -1194,17 +1232,30 @@ def with_article(name):
     return pair + name if pair else ("an " if name[0] in "aeiou" else "a ") + name
 
 
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description="Write GenEval-style training prompts.", allow_abbrev=False)
+    p.add_argument("file", type=Path, help="the .jsonl to write")
+    p.add_argument("--n", type=int, default=50_000, help="prompts")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--exclude", type=Path, help="GenEval .jsonl whose content must not come, in whatever words")
+    args = p.parse_args(argv)
+    if args.file.suffix != ".jsonl":
+        p.error(f"{args.file}: the name of the file to write ends in .jsonl")
+    if args.n < 1 or args.seed < 0:
+        p.error(f"--n {args.n} --seed {args.seed}: --n must be at least 1, --seed at least 0")
+    return args
+
+
 def main(args):
-    exclude = [m for _, m in read_prompts(args.exclude)] if args.exclude else []
+    if args.file.exists():
+        raise UserError(f"{args.file} exists: give a new name")
+    pairs = read_prompts(args.exclude) if args.exclude else []
+    check_prompts(pairs, ["geneval"])
+    exclude = [m for _, m in pairs]
     rows = geneval_prompts(args.n, args.seed, exclude)
     args.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"{len(rows)} prompts in {args.file}, for example: {', '.join(row['prompt'] for row in rows[:6])}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write GenEval-style training prompts.", allow_abbrev=False)
-    parser.add_argument("file", type=Path, help="the .jsonl to write")
-    parser.add_argument("--n", type=int, default=50_000, help="prompts")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--exclude", type=Path, help="GenEval .jsonl whose content must not come, in whatever words")
-    models.run(main, parser.parse_args())
+    models.run(main, parse_args())

@@ -23,6 +23,7 @@ Writes to --out: args.json, log.jsonl, samples/, step_NNNNNN/ and final/ with th
 """
 
 import argparse
+import hashlib
 import math
 import time
 from pathlib import Path
@@ -119,7 +120,7 @@ def parse_args(argv=None):
     add("--bp_weight", type=float, default=1e-4, help="weight of reward back-propagation; paper: 1e-4; 0: ablation")
     add("--reward_margin", type=float, default=3.0, help="back-propagation is mean(relu(margin - R)); paper: 3")
     add("--gamma", type=float, default=0.01, help="weight of L_cons in L_fake; paper: 0.01")
-    add("--consistency_batch", type=int, help="L_cons on this many samples of each micro-batch (default: all)")
+    add("--consistency_batch", type=int, help="L_cons on at most so many samples of each micro-batch (default: all)")
     add("--ema_every", type=int, default=8, help="optimiser steps between EMA updates; paper: 8, decay at most 0.9")
     add("--skip_nonfinite", type=int, default=0, help="gradients in a row that may be not finite and are skipped")
     add("--sample_every", type=int, default=100, help="epochs between sample grids; 0: none")
@@ -144,7 +145,9 @@ def parse_args(argv=None):
         p.error("--distilled DIR is missing: the final/ folder of an acdmd.py run")
     for name in ("generator_ema", "fake"):
         if not (args.distilled / name).is_dir():
-            p.error(f"--distilled {args.distilled} has no {name}: run acdmd.py first and give its final/ folder")
+            final = args.distilled / "final"
+            hint = f"give {final}" if final.is_dir() else "run acdmd.py first and give its final/ folder"
+            p.error(f"--distilled {args.distilled} has no {name}: {hint}")
     if args.skip_nonfinite < 0:
         p.error(f"--skip_nonfinite {args.skip_nonfinite}: must be at least 0")
     if not 0 <= args.lr_decay <= 1:
@@ -369,14 +372,15 @@ def main(args):
     n_groups = n_images // args.group_size
     stop = models.StopSignal()
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**WEAK_TASKS)
-    rewards.check_prompts(pairs, args.rewards)
+    rewards.check_prompts(pairs, args.rewards, args.reward_dir)
     distinct = len({prompt for prompt, _ in pairs})
     if distinct < n_groups:
         raise models.UserError(
             f"an epoch needs {n_groups} distinct prompts, the file has {distinct}: lower --batches or --batch_size"
         )
-    for name in ("generator_ema", "fake"):
-        models.read_adapter(args.distilled / name)  # is it whole? Known before the models load
+    # are they whole? Known before the models load; are they still the same? Known when a run goes on
+    files = [models.read_adapter(args.distilled / name)[2] for name in ("generator_ema", "fake")]
+    distilled = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     size = args.reward_batch_size or args.batch_size
     scorers = rewards.load_scorers(args.rewards, device, args.reward_dir, size, args.offload_rewards)
     dtype = getattr(torch, args.dtype)
@@ -397,6 +401,8 @@ def main(args):
         start = state["step"]
         if start > args.epochs:
             raise models.UserError(f"--epochs {args.epochs}: the run is at {start} already")
+        if state.get("distilled", distilled) != distilled:
+            raise models.UserError(f"--distilled {args.distilled}: not the adapters that this run began with")
     else:
         for name, network in home.items():
             init = seeded(args.seed, "init", name.removesuffix("_ema"))
@@ -424,7 +430,7 @@ def main(args):
     def checkpoint(step, final=False):
         if rank == 0:
             state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
-            state["skipped"] = (patience.in_a_row, patience.total)
+            state |= {"skipped": (patience.in_a_row, patience.total), "distilled": distilled}
             models.save_checkpoint(args.out, step, home, state, args, __file__, final=final)
 
     patience = models.Patience(args.skip_nonfinite, args.out, *(state or {}).get("skipped", ()))

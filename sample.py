@@ -14,6 +14,7 @@ Several processes share the batches; pictures and scores are those of one proces
 """
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -45,7 +46,7 @@ def parse_args(argv=None):
     add("--reward_dir", type=Path, help="folder with reward weights that are not taken from the hub")
     add("--reward_batch_size", type=int, help="images a scorer takes at once (default: --batch_size)")
     add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
-    add("--out", type=Path, default=Path("out/samples"), help="folder for pictures and metadata.json")
+    add("--out", type=Path, help="new folder for pictures and metadata.json (default: out/samples, out/samples_2, ...)")
     add("--seed", type=int, default=0, help="image i depends on (seed, i) alone, not on the batch")
     add("--batch_size", type=int, default=50, help="images at once")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -66,6 +67,11 @@ def parse_args(argv=None):
         p.error("give --prompt or --prompts, not both")
     if args.export and args.export.exists():
         p.error(f"--export {args.export} exists: give a new folder")
+    if args.out is None:
+        names = (Path(f"out/samples_{i}" if i > 1 else "out/samples") for i in itertools.count(1))
+        args.out = next(name for name in names if not name.exists())
+    elif args.out.is_dir() and any(args.out.iterdir()):
+        p.error(f"--out {args.out} is not empty: give a new folder")
     if args.reward_dir is None and args.model == "classroom":
         args.reward_dir = models.CLASSROOM
     try:
@@ -157,7 +163,7 @@ def prompt_sets(args):
         columns = [column for column in weights if routed.get(column) == file]
         sets.append((rewards.read_prompts(file)[: args.n], columns))
     for pairs, columns in sets:
-        rewards.check_prompts(pairs, columns)
+        rewards.check_prompts(pairs, columns, args.reward_dir)
     return sets, weights
 
 

@@ -465,13 +465,14 @@ def test_a_pickle_is_not_executed(folder, tmp_path):
 
     (tmp_path / "hpsv2").mkdir()
     (tmp_path / "hpsv2/HPS_v2.1_compressed.pt").write_bytes(pickle.dumps({"state_dict": Payload()}))
-    with pytest.raises(models.UserError, match="is no complete file of tensors"):
+    with pytest.raises(models.UserError, match="pt holds more than tensors, and pickled code is never run"):
         one("hpsv2", tmp_path)
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("name", sorted(set(rewards.SCORERS) - {"geneval_strict", "geneval_correct", "geneval2_am"}))
 def test_weights_that_are_nowhere_say_which_file_from_where_and_whereto(tmp_path, name):
+    (tmp_path / "rewards").mkdir()
     with pytest.raises(models.UserError) as error:
         one(name, tmp_path / "rewards")
     said = str(error.value)
@@ -643,6 +644,52 @@ def test_training_prompts_as_a_file(tmp_path, monkeypatch):
     pairs = rewards.read_prompts(tmp_path / "a.jsonl")
     rewards.check_prompts(pairs, ["geneval"])
     assert [m for _, m in pairs] == rewards.geneval_prompts(60)
+
+
+def metadata(**more):
+    return {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red", **more}]}
+
+
+RELATED = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["above", 0]}]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    (
+        ({"tag": "colours"}, "tag 'colours', .* allowed: single_object, two_object, counting, colors"),
+        ({"include": []}, 'no "tag" and "include"'),
+        ({"include": None}, 'no "tag" and "include"'),
+        ({"exclude": {"class": "cat", "count": 1}}, 'no "tag" and "include"'),
+        ({"include": ["dog"]}, "asks for dog: every entry"),
+        ({"exclude": [{"class": "cat"}]}, "whole number above 0"),
+        (metadata(count="two"), "'count': 'two'.* whole number above 0"),
+        (metadata(count=0), "whole number above 0"),
+        (metadata(**{"class": "hound"}), "class 'hound', .* allowed: person, bicycle"),
+        (metadata(**{"class": ["dog"]}), r"class \['dog'\]"),
+        (metadata(color="grey"), "color 'grey', .* allowed: red, orange"),
+        ({"include": [RELATED[0], RELATED[1] | {"position": ["beside", 0]}]}, "relation 'beside', .* left of"),
+        ({"include": [RELATED[0], RELATED[1] | {"position": ["above", 1]}]}, "number of an earlier entry"),
+        ({"include": [RELATED[0], RELATED[1] | {"position": "above"}]}, "position above: write"),
+        ({"include": RELATED[::-1]}, "number of an earlier entry"),
+    ),
+)
+def test_metadata_that_would_score_low_in_silence_are_refused(wrong, said):
+    good = metadata() | {"exclude": [{"class": "cat", "count": 2}]}
+    for fine in (good, good | {"include": RELATED}):
+        rewards.check_prompts([("a red dog", fine)], ["geneval_strict"])
+    rewards.check_prompts([("a red dog", good | wrong)], ["clipscore"])  # which does not look at them
+    with pytest.raises(models.UserError, match="prompt 1 \\('a red dog'\\) .*" + said):
+        rewards.check_prompts([("a red dog", good | wrong)], ["geneval_strict"])
+
+
+def test_metadata_are_checked_against_the_judge_in_use():
+    circle = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "purple"}]}
+    rewards.check_prompts([("", circle)], ["geneval"], models.CLASSROOM)
+    with pytest.raises(models.UserError, match="class 'circle'"):
+        rewards.check_prompts([("", circle)], ["geneval"], "elsewhere")
+    with pytest.raises(models.UserError, match="color 'orange'.* allowed: red, green, blue, yellow, purple"):
+        orange = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "orange"}]}
+        rewards.check_prompts([("", orange)], ["geneval"], models.CLASSROOM)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -372,7 +372,8 @@ BAD = {  # command -> what the one line on standard error must say
     "sample.py --eval clipscore=0": "add up to 0.0: it must be above 0",
     "sample.py --batch_size 0": "--batch_size 0: must be at least 1",
     "rtdmd.py --distilled {acdmd} --eta 0": "the policy gradient needs noise",
-    "rtdmd.py --distilled {acdmd} --reward_dir {tmp}": "cannot open",
+    "rtdmd.py --distilled {acdmd} --rewards clipscore --reward_dir {tmp}": "cannot open",
+    "rtdmd.py --distilled {acdmd} --reward_dir {tmp}": "has the class 'triangle', which geneval's judge does not know",
     "sample.py --lora {tmp}/nowhere": "no adapter at",
     "sample.py --prompt a --prompts b.txt": "give --prompt or --prompts, not both",
     "sample.py --steps 0": "--steps 0: must be at least 1",
@@ -380,7 +381,7 @@ BAD = {  # command -> what the one line on standard error must say
     "sample.py --prompt cat --eval geneval=1": "which geneval needs",
     "acdmd.py --shard both": "invalid choice: 'both' (choose from",
     "acdmd.py --skip_nonfinite -1": "--skip_nonfinite -1: must be at least 0",
-    "acdmd.py --prompts {tmp}": "does not exist",
+    "acdmd.py --prompts {tmp}": "is a folder",
     "acdmd.py --prompts {tmp}/latin.txt": "latin.txt cannot be read as UTF-8 text",
     "acdmd.py --prompts {tmp}/none.json": "none.json holds no prompts",
     "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {classroom}": "holds a StableDiffusion3Pipeline, and",
@@ -400,6 +401,15 @@ BAD = {  # command -> what the one line on standard error must say
     "acdmd.py --model flux2-4b --prompts {tmp}/plain.txt --weights {tmp}": "--weights without --generator_weights",
     "rtdmd.py --distilled {tmp}/torn": "is no complete file of tensors",
     "sample.py --eval hpsv2 --reward_dir {tmp}": "cannot open HPS_v2.1_compressed.pt of xswu/HPSv2",
+    "sample.py --eval hpsv2 --reward_dir {tmp}/nowhere": "nowhere is not a folder: make it, or leave it out",
+    "sample.py --eval clipscore=1,clipscore=2": "reward clipscore stands twice in 'clipscore=1,clipscore=2'",
+    "sample.py --out {tmp}": "is not empty: give a new folder",
+    "rtdmd.py --distilled {acdmd}/..": "/final",
+    "rtdmd.py --distilled {acdmd} --prompts {tmp}/dog.jsonl": "prompt 1 ('a dog') has the class 'dog', which geneval's",
+    "rewards.py a.jsonl --n 0": "--n must be at least 1",
+    "rewards.py prompts.txt": "prompts.txt: the name of the file to write ends in .jsonl",
+    "rewards.py {tmp}/dog.jsonl": "dog.jsonl exists: give a new name",
+    "rewards.py a.jsonl --exclude {tmp}/plain.txt": 'prompt 1 (\'a cat\') has no "tag" and "include"',
 }
 
 
@@ -417,12 +427,14 @@ def test_bad_input(command, distilled, tmp_path, monkeypatch, capsys):
     (tmp_path / "nokey.jsonl").write_text('{"caption": "a"}\n')
     (tmp_path / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (tmp_path / "none.json").write_text("[]")
+    dog = {"prompt": "a dog", "tag": "single_object", "include": [{"class": "dog", "count": 1}]}
+    (tmp_path / "dog.jsonl").write_text(json.dumps(dog) + "\n")  # COCO's, not the classroom's
     for name in ("generator_ema", "fake"):
         (tmp_path / "torn" / name).mkdir(parents=True)
         (tmp_path / "torn" / name / models.LORA_FILE).write_bytes(b"half")
     places = dict(tmp=tmp_path, acdmd=distilled / "final", classroom=models.CLASSROOM / "teacher")
     script, *flags = command.format(**places).split()
-    module = {"acdmd.py": acdmd, "rtdmd.py": rtdmd, "sample.py": sample}[script]
+    module = {"acdmd.py": acdmd, "rtdmd.py": rtdmd, "sample.py": sample, "rewards.py": rewards}[script]
     monkeypatch.setattr(sys, "argv", [script, *flags])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
