@@ -232,6 +232,23 @@ def test_a_stop_between_two_log_lines_does_not_save_what_is_not_finite(tmp_path,
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002"]
 
 
+def test_of_several_values_that_are_not_finite_the_cause_is_named():
+    nan, one = float("nan"), 1.0
+    row = {
+        "grad_norm/fake": nan,
+        "grad_norm/generator": nan,
+        "loss/ac_k1": one,
+        "loss/ac_k2": nan,
+        "loss/generator": nan,
+    }
+    window = {"loss/ac_k2": [(11, one), (12, nan), (13, nan)], "grad_norm/fake": [(11, nan)]}
+    with pytest.raises(SystemExit, match="step 12: loss/ac_k2 is not finite"):
+        models.check_finite(row, 20, "out", window)
+    with pytest.raises(SystemExit, match="step 20: loss/generator is not finite"):
+        models.check_finite({"grad_norm/generator": nan, "loss/generator": nan}, 20, "out")
+    models.check_finite({"loss/ac_k1": one}, 20, "out")
+
+
 def test_skipped_steps_are_counted_and_change_nothing(tmp_path, monkeypatch):
     break_gradients(monkeypatch, acdmd, at=(1, 2))
     flags = [*FLAGS.split(), "--steps", "4", "--lr_fake", "1", "--lr_decay", "0", "--skip_nonfinite"]

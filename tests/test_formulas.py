@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import rtdmd
 from acdmd import consistency_loss, distribution_matching_loss, fake_score_loss
 from models import EMA, cps_log_prob, cps_mean, cps_step, renoise
 from rtdmd import choose_steps, group_advantages, informative, policy_loss, shared_noise
@@ -121,6 +122,7 @@ def test_matching_gradient_with_zero_normaliser():
     assert close(grad[2], (fake[2] - teacher[2]) / (x_s[2] - teacher[2]).abs().mean() / x_s.numel(), atol=1e-7)
     fake[2, 0, 0, 0] = float("nan")  # what a network that overflowed gives must not become a gradient of 0
     assert distribution_matching_loss(x_s, fake, teacher).isnan()
+    assert rtdmd.distribution_matching_loss(x_s, fake, teacher).isnan()
 
 
 def test_policy_gradient_at_ratio_1():

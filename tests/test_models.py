@@ -171,6 +171,17 @@ def test_adapters_of_other_tools_load(backbone, tmp_path, kind):
     assert torch.equal(v["generator"], v["again"]) and not torch.equal(v["generator"], v["teacher"])
 
 
+def test_a_cpu_encodes_one_prompt_at_a_time_and_each_once(monkeypatch):
+    """The neighbours in a batch may change the last digit, and a resumed run meets prompts with other neighbours."""
+    backbone, parts = models.load("classroom"), []
+    encode = backbone.encode_texts
+    monkeypatch.setattr(backbone, "encode_texts", lambda part: parts.append(part) or encode(part))
+    first, again = backbone.encode(["a", "b", "a"]), backbone.encode(["b", "c"])
+    assert parts == [["a"], ["b"], ["c"]]
+    for name in first:
+        assert torch.equal(first[name][0], first[name][2]) and torch.equal(first[name][1], again[name][0])
+
+
 def test_a_malicious_adapter_is_refused_and_does_not_run(backbone, tmp_path):
     import pickle
 

@@ -179,6 +179,7 @@ def test_a_used_folder_is_gone_on_with_or_refused(distilled, tmp_path, capsys):
 def test_a_finished_run_is_made_longer_from_its_end(distilled, tmp_path):
     flags = ["--save_every", 3, "--lr_decay", 0]
     stage_1(tmp_path / "a", "--steps", 4, *flags)
+    assert (tmp_path / "a/step_000004").is_dir()  # though --save_every does not ask for it
     stage_1(tmp_path / "a", "--steps", 5, *flags, "--resume", tmp_path / "a")
     stage_1(tmp_path / "b", "--steps", 5, *flags)
     assert log(tmp_path / "a") == log(tmp_path / "b")
