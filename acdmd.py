@@ -66,15 +66,8 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="covers prompts, noise, k, t, delta and the adapters' initial weights")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
-    add(
-        "--checkpointing",
-        default="auto",
-        choices=["auto", "on", "off"],
-        help="of activations; auto: if memory asks for it",
-    )
-    add(
-        "--shard", default="none", choices=models.SHARD_MODES, help="of the frozen base; full: FSDP2, hybrid: in a node"
-    )
+    add("--checkpointing", default="auto", choices=["auto", "on", "off"], help="of activations; auto: if memory asks")
+    add("--shard", default="none", choices=models.SHARD_MODES, help="of the frozen base, by FSDP2; hybrid: in a node")
     add("--offload_frozen", action="store_true", help="the frozen base waits in host memory, block by block")
     add("--offload_encoders", action="store_true", help="text encoders wait on the CPU while they do not encode")
     add("--compile", action="store_true", help="torch.compile, block by block")
@@ -106,15 +99,13 @@ def parse_args(argv=None):
     if args.resume and args.out == p.get_default("out"):  # a run goes on in its own folder
         args.out = args.resume.parent if (args.resume / "state.pt").is_file() else args.resume
     counts = "steps batch_size fake_update_ratio rank delta_max log_every save_every consistency_batch resolution"
-    for name in counts.split():
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name, least in {**dict.fromkeys(counts.split(), 1), "sample_every": 0, "skip_nonfinite": 0, "seed": 0}.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            p.error(f"--{name} {getattr(args, name)}: must be at least {least}")
     if not 0 <= args.eta <= 1:
         p.error(f"--eta {args.eta}: allowed is 0 (ODE) to 1 (full re-noising); the paper uses 0.9")
     if args.ema_decay > 1:
         p.error(f"--ema_decay {args.ema_decay}: allowed is 0 (no average) to 1 (no change)")
-    if args.skip_nonfinite < 0:
-        p.error(f"--skip_nonfinite {args.skip_nonfinite}: must be at least 0")
     if not 0 <= args.lr_decay <= 1:
         p.error(f"--lr_decay {args.lr_decay}: a share of the run, 0 to 1")
     if args.prompts is None and args.model != "classroom":
@@ -163,7 +154,8 @@ def distribution_matching_loss(x_s, x_s_fake, x_s_teacher):
     with torch.no_grad():
         scale = (x_s - x_s_teacher).abs().flatten(1).mean(1)
         scale = models.per_sample(scale, x_s)
-        g = torch.where(scale == 0, 0.0, (x_s_fake - x_s_teacher) / scale)  # NaN elsewhere is an error, and shows
+        # NOTE(paper): the release makes every NaN 0; here only what a zero normaliser gives, so that an error shows
+        g = torch.where(scale == 0, 0.0, (x_s_fake - x_s_teacher) / scale)
     return 0.5 * (x_s - (x_s - g).detach()).square().mean()
 
 
@@ -239,7 +231,10 @@ def generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key):
 def main(args):
     # set-up, models, optimisers
     rank, world_size, device = models.setup_distributed(args.device)
-    models.check_run(args)
+    state = models.check_run(args, __file__)
+    start = state["step"] if state else 0
+    if start > args.steps:
+        raise models.UserError(f"--steps {args.steps}: the run is at {start} already")
     stop = models.StopSignal()
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts()
     prompts = [prompt for prompt, _ in pairs]
@@ -252,12 +247,8 @@ def main(args):
     backbone.roles |= {"generator": ("generator",), "fake": ("fake",), "ema": ("generator_ema",)}
     # adapter -> the transformer that holds it: one and the same, but for FLUX.2
     home = {"generator": backbone.student, "generator_ema": backbone.student, "fake": backbone.transformer}
-    start, state = 0, None
-    if args.resume:
-        state = models.load_checkpoint(args.resume, home)
-        start = state["step"]
-        if start > args.steps:
-            raise models.UserError(f"--steps {args.steps}: the run is at {start} already")
+    if state:
+        models.load_checkpoint(state, home)
     else:
         for name, network in home.items():
             init = seeded(args.seed, "init", name.removesuffix("_ema"))

@@ -66,17 +66,11 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def level(value, device):
-    """A noise level, a number or tensor, as a float32 tensor on the device."""
-    if isinstance(value, torch.Tensor):
-        return to_device(value, device).float()
-    return torch.full((), value, dtype=torch.float32, device=device)
-
-
 def per_sample(value, x):
-    """A number or [B] tensor as float32 [B, 1, 1, 1] (as many ones as x asks for)."""
-    value = level(value, x.device)
-    return value.reshape(-1, *[1] * (x.ndim - 1))
+    """A number or [B] tensor as float32 [B, 1, 1, 1] on x's device (as many ones as x asks for)."""
+    if not isinstance(value, torch.Tensor):
+        value = torch.full((), value, dtype=torch.float32, device=x.device)
+    return to_device(value, x.device).float().reshape(-1, *[1] * (x.ndim - 1))
 
 
 def cps_mean(x, v, sigma, sigma_next, eta=0.0):
@@ -131,28 +125,34 @@ def renoise(x_s, sigma_s, sigma_t, noise):
 def few_step_sigmas(scheduler, steps, image_tokens=None, family="sd3"):
     """Noise levels of a few-step schedule, the closing 0 included. steps: raw timesteps such as (1000, 750, 500, 250).
 
-    sd3: the scheduler's static shift. flux1: exponential shift, mu linear in the image-token count. flux2: exponential
-    shift with the pipeline's empirical mu of (image tokens, number of steps). Both functions of mu are diffusers' own.
+    sd3: the scheduler's static shift. flux1, flux2: exponential shift by `dynamic_shift`.
     """
     raw, config = [step / 1000 for step in steps], scheduler.config
     if family == "sd3":
         return [config.shift * r / (1 + (config.shift - 1) * r) for r in raw] + [0.0]
-    if family == "flux1":
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        lengths = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-        mu = calculate_shift(image_tokens, *lengths)
-    elif family == "flux2":
-        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-
-        mu = compute_empirical_mu(image_tokens, len(raw))
-    else:
-        raise UserError(f"unknown family {family!r}; allowed: sd3, flux1, flux2")
+    mu = dynamic_shift(scheduler, len(raw), image_tokens, family)
     sigmas = [math.exp(mu) / (math.exp(mu) + (1 / r - 1)) for r in raw]
     if config.shift_terminal:  # stretch so that the last level before 0 is shift_terminal
         scale = (1 - sigmas[-1]) / (1 - config.shift_terminal)
         sigmas = [1 - (1 - s) / scale for s in sigmas]
     return sigmas + [0.0]
+
+
+def dynamic_shift(scheduler, n_steps, image_tokens, family):
+    """mu of FLUX's exponential shift, by diffusers' own functions.
+
+    flux1: linear in the image-token count. flux2: an empirical fit of (image tokens, number of steps).
+    """
+    if family == "flux1":
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        c = scheduler.config
+        return calculate_shift(image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    if family == "flux2":
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return compute_empirical_mu(image_tokens, n_steps)
+    raise UserError(f"unknown family {family!r}; allowed: sd3, flux1, flux2")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -263,12 +263,12 @@ def load_tensors(path):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except pickle.UnpicklingError:  # torch's text goes on to recommend running it
-        raise UserError(f"{path} holds more than tensors, and pickled code is never run: save its state dict") from None
+        raise UserError(f"{path} cannot be read: {error.strerror or first_line(error)}") from None
     except (*BROKEN, LookupError, AttributeError, TypeError) as error:
+        if "GLOBAL" in str(error):  # torch's text goes on to recommend running it
+            raise UserError(f"{path} holds more than tensors, and pickled code is never run; save tensors") from None
         why = f"{type(error).__name__}: {str(error).split('. ')[0]}".strip(" :")
-        raise UserError(f"{path} is no complete file of tensors ({why}); it may have been cut short") from None
+        raise UserError(f"{path} is no complete file of tensors ({why}): cut short, or a git-lfs pointer?") from None
 
 
 def read_adapter(source):
@@ -295,6 +295,9 @@ def read_adapter(source):
                 config = json.loads((file.parent / "adapter_config.json").read_text())
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file}: its metadata or adapter_config.json cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: its metadata or adapter_config.json is no JSON object")
+    config = {key.removeprefix("transformer."): value for key, value in config.items()}  # diffusers' prefix
     scaled = [key for key in ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora") if config.get(key)]
     if scaled:
         raise UserError(f"{file}: its {scaled[0]} is not supported; only plain LoRA with one rank and one alpha is")
@@ -312,7 +315,7 @@ def read_adapter(source):
     rank = max(ranks, default=0)
     # without metadata diffusers takes alpha = rank; the authors' .pt files have twice that
     default = rank if file.suffix == ".safetensors" else 2 * rank
-    return modules, config.get("transformer.lora_alpha", config.get("lora_alpha", default)), file
+    return modules, config.get("lora_alpha", default), file
 
 
 def load_adapter(transformer, name, source, trainable=False):
@@ -434,31 +437,18 @@ def compile_blocks(backbone):
 
 CLASSROOM = Path(__file__).resolve().parent / "classroom"
 FEW_STEPS = (1000, 750, 500, 250)  # raw timesteps of the four-step schedule, before the backbone's shift
-BACKBONES = {  # facts: weights, pixels a side, text tokens (T5's or Qwen's), guidance; the rest is in a stage's PRESETS
-    "classroom": dict(
-        family="sd3", repo=str(CLASSROOM / "teacher"), resolution=64, text_tokens=2, guidance=3.0
-    ),  # its T5 is silent
-    "sd3": dict(
-        family="sd3",
-        repo="stabilityai/stable-diffusion-3-medium-diffusers",
-        resolution=1024,
-        text_tokens=128,
-        guidance=7.0,
-    ),
-    "sd35": dict(
-        family="sd3", repo="stabilityai/stable-diffusion-3.5-medium", resolution=512, text_tokens=128, guidance=4.5
-    ),
-    "flux1": dict(family="flux1", repo="black-forest-labs/FLUX.1-dev", resolution=512, text_tokens=512, guidance=3.5),
+FACTS = ("family", "repo", "resolution", "text_tokens", "guidance")  # pixels a side; tokens of T5 or Qwen
+BACKBONES = {  # the rest is in a stage's PRESETS
+    "classroom": ("sd3", str(CLASSROOM / "teacher"), 64, 2, 3.0),  # its T5 is silent
+    "sd3": ("sd3", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, 128, 7.0),
+    "sd35": ("sd3", "stabilityai/stable-diffusion-3.5-medium", 512, 128, 4.5),
+    "flux1": ("flux1", "black-forest-labs/FLUX.1-dev", 512, 512, 3.5),
+    "flux2-4b": ("flux2", "black-forest-labs/FLUX.2-klein-base-4B", 512, 512, 4.0),
+    "flux2-9b": ("flux2", "black-forest-labs/FLUX.2-klein-base-9B", 512, 512, 4.0),
 }
+BACKBONES = {name: dict(zip(FACTS, row, strict=True)) for name, row in BACKBONES.items()}
 for size in ("4B", "9B"):  # the student starts from the step-distilled release
-    BACKBONES[f"flux2-{size.lower()}"] = dict(
-        family="flux2",
-        repo=f"black-forest-labs/FLUX.2-klein-base-{size}",
-        student=f"black-forest-labs/FLUX.2-klein-{size}",
-        resolution=512,
-        text_tokens=512,
-        guidance=4.0,
-    )
+    BACKBONES[f"flux2-{size.lower()}"]["student"] = f"black-forest-labs/FLUX.2-klein-{size}"
 ATTENTION = tuple(f"attn.{n}" for n in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split())
 CACHE_BYTES = 4e9  # host memory for prompt embeddings
 
@@ -491,7 +481,7 @@ class Backbone:
         encoders = (getattr(pipe, f"text_encoder{n}", None) for n in ("", "_2", "_3"))
         self.encoders = [encoder for encoder in encoders if encoder is not None]
         self.offload_encoders = False  # text encoders wait on the CPU while they do not encode
-        self.image_tokens, self.token_pixels = (resolution // factor) ** 2, factor
+        self.resolution, self.image_tokens = resolution, (resolution // factor) ** 2
         self.latent_shape = self.shape(resolution // pipe.vae_scale_factor)
         for network in self.networks():
             prepare_for_lora(network, self.lora_targets, self.device)
@@ -542,7 +532,7 @@ class Backbone:
         is `encode([""])`, one row for all samples or one each. Where guidance is embedded, one pass is told the scale.
         """
         x, network = x.float(), self.network(role)
-        sigma = level(sigma, x.device).expand(len(x))
+        sigma = per_sample(sigma, x).flatten().expand(len(x))
         guided = self.passes(guidance_scale) == 2
         if guided:
             if uncond is None:
@@ -553,7 +543,7 @@ class Backbone:
         with adapters(network, *self.roles[role]), self.autocast():
             v = self.predict(network, x, sigma, cond, guidance_scale).float()
         if guided:
-            v_uncond, v_cond = v.chunk(2)
+            v_uncond, v_cond = v.chunk(2)  # NOTE(paper): the release runs FLUX's two passes one after the other
             v = v_uncond + guidance_scale * (v_cond - v_uncond)
         return v
 
@@ -580,7 +570,11 @@ class Backbone:
     def sigmas(self, steps=FEW_STEPS):
         """Noise levels ending in 0.0: of few raw timesteps, or of the pipeline's own schedule of `steps` steps."""
         if isinstance(steps, int):
-            self.set_timesteps(steps)
+            if self.family == "sd3":
+                self.scheduler.set_timesteps(steps)
+            else:
+                mu = dynamic_shift(self.scheduler, steps, self.image_tokens, self.family)
+                self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=mu)
             return self.scheduler.sigmas.tolist()
         return few_step_sigmas(self.scheduler, steps, self.image_tokens, self.family)
 
@@ -615,9 +609,6 @@ class SD3(Backbone):
     def predict(self, network, x, sigma, cond, guidance_scale):
         kwargs = dict(hidden_states=x.to(self.dtype), timestep=1000 * sigma, **cond)
         return network(**kwargs, return_dict=False)[0]
-
-    def set_timesteps(self, steps):
-        self.scheduler.set_timesteps(steps)
 
 
 class Flux1(Backbone):
@@ -663,13 +654,6 @@ class Flux1(Backbone):
         )[0]
         return self.pipe._unpack_latents(v, 8 * h, 8 * w, 8)  # sizes as in pixels of a VAE with factor 8
 
-    def set_timesteps(self, steps):
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        c = self.scheduler.config
-        mu = calculate_shift(self.image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
-        self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=mu)
-
 
 class Flux2(Backbone):
     """FLUX.2-klein: Flux2KleinPipeline. Latents [128, side / 16, side / 16], patchified and normalised by the VAE."""
@@ -707,12 +691,6 @@ class Flux2(Backbone):
         mean, var = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
         return self.pipe._unpatchify_latents(latents * (var + self.vae.config.batch_norm_eps).sqrt() + mean)
 
-    def set_timesteps(self, steps):
-        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-
-        mu = compute_empirical_mu(self.image_tokens, steps)
-        self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=mu)
-
 
 FAMILIES = {cls.family: cls for cls in (SD3, Flux1, Flux2)}
 
@@ -724,14 +702,14 @@ def load(
     device="cpu",
     dtype=torch.float32,
     resolution=None,
-    student=True,
+    with_student=True,
     shard_mode="none",
     offload_frozen=False,
 ):
     """A backbone by name. weights: a diffusers pipeline folder or hub id in place of the published one.
 
     generator_weights: the same for the generator's own transformer; by default FLUX.2's published one, with `weights`
-    given that of `weights`. student=False leaves it out: the teacher alone. shard_mode, offload_frozen: see `shard`.
+    given that of `weights`. with_student=False leaves it out. shard_mode, offload_frozen: see `shard`.
     """
     if model not in BACKBONES:
         raise UserError(f"unknown model {model!r}; allowed: {', '.join(BACKBONES)}")
@@ -741,22 +719,20 @@ def load(
     facts = BACKBONES[model]
     family = FAMILIES[facts["family"]]
     source = fetch(weights or facts["repo"], "--weights")
-    index = source / "model_index.json"
-    if not index.is_file():
+    if not (source / "model_index.json").is_file():
         raise UserError(f"--weights {source} is no diffusers pipeline folder: it has no model_index.json")
-    found = json.loads(index.read_text()).get("_class_name")
-    if found != family.pipeline:
-        raise UserError(f"--weights {source} holds a {found}, and --model {model} needs a {family.pipeline}")
-    network = getattr(diffusers, family.network_class)
-    transformer = load_transformer(network, source / "transformer", dtype)
-    pipe = getattr(diffusers, family.pipeline).from_pretrained(
-        source, transformer=transformer, dtype=dtype, low_cpu_mem_usage=False
-    )
-    own = generator_weights or (None if weights else facts.get("student"))
-    if own and student:
-        student = load_transformer(network, fetch(own, "--generator_weights") / "transformer", dtype)
-    else:
-        student = None
+    network, pipeline = (getattr(diffusers, name) for name in (family.network_class, family.pipeline))
+    with named_failure(f"--weights {source} is no whole pipeline folder"):
+        found = json.loads((source / "model_index.json").read_text()).get("_class_name")
+        if found != family.pipeline:
+            raise UserError(f"--weights {source} holds a {found}, and --model {model} needs a {family.pipeline}")
+        transformer = load_transformer(network, source / "transformer", dtype)
+        pipe = pipeline.from_pretrained(source, transformer=transformer, dtype=dtype, low_cpu_mem_usage=False)
+    own, student = generator_weights or (None if weights else facts.get("student")), None
+    if own and with_student:
+        folder = fetch(own, "--generator_weights", ("transformer",))
+        with named_failure(f"--generator_weights {folder} is no whole pipeline folder"):
+            student = load_transformer(network, folder / "transformer", dtype)
     resolution = resolution or facts["resolution"]
     backbone = family(pipe, resolution, facts["text_tokens"], device, dtype, student)
     shard(backbone, shard_mode, offload_frozen)
@@ -801,8 +777,11 @@ def shard(backbone, mode="none", offload_frozen=False):
             fully_shard(module, **options)
 
 
-def fetch(source, flag):
-    """Path of a pipeline folder: local, or a snapshot of the hub's transformer, text encoders and vae."""
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def fetch(source, flag, parts=PARTS):
+    """Path of a pipeline folder: local, or a snapshot of the hub's, the weights of `parts` only."""
     path = Path(source)
     if path.is_dir():
         return path
@@ -810,12 +789,13 @@ def fetch(source, flag):
         raise UserError(f"no weights at {source}: give a diffusers pipeline folder or a hub id with {flag}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "[tsv]*/*.safetensors"]  # no single-file releases
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(f"{part}/*.safetensors" for part in parts)]
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (OSError, ValueError) as error:  # no network, no such repository, not logged in to a gated one
-        why = first_line(error)
-        raise UserError(f"cannot fetch {source}: {why} Give a local pipeline folder with {flag}") from None
+        why = " ".join(str(error).split())[:300]
+        gated = " Accept its licence on its page, then `hf auth login`." if "gated" in why else ""
+        raise UserError(f"cannot fetch {source}: {why}{gated} Give a local pipeline folder with {flag}") from None
 
 
 def quiet_libraries():
@@ -866,9 +846,9 @@ def sample_latents(backbone, prompts, sigmas, eta=0.0, guidance_scale=1.0, seed=
 
 
 @torch.no_grad()
-def decode_all(backbone, latents, at_once=8 * 512**2):
-    """Images [B, 3, H, W] on the CPU, decoded in parts of `at_once` pixels: a VAE takes far more memory than a step."""
-    n = max(1, at_once // (backbone.image_tokens * backbone.token_pixels**2))
+def decode_all(backbone, latents):
+    """Images [B, 3, H, W] on the CPU, decoded 8 of 512x512 at a time: a VAE takes far more memory than a step."""
+    n = max(1, 8 * 512**2 // backbone.resolution**2)
     return torch.cat([backbone.decode(part).cpu() for part in latents.split(n)])
 
 
@@ -880,8 +860,9 @@ def sample_grid(backbone, prompts, sigmas, args, rank, name):
     latents = sample_latents(backbone, prompts, sigmas, args.eta, role="ema")
     backbone.evaluations = evaluations  # the grid is no part of the training's pace
     if rank == 0:
+        images = decode_all(backbone, latents)
         with named_failure(f"cannot write to {args.out}/samples"):
-            save_grid(decode_all(backbone, latents), Path(args.out) / "samples" / name, columns=8)
+            save_grid(images, Path(args.out) / "samples" / name, columns=8)
 
 
 PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s; the first name that fits counts
@@ -1089,16 +1070,20 @@ class EMA:
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
 
-def check_run(args):
-    """Raise a UserError before any weights load if --resume has no checkpoint of this stage, --out cannot be written or
-    holds another run's checkpoints, --wandb has no package, or FLUX.2's generator would start from wrong weights.
+def check_run(args, script):
+    """The state of the checkpoint that --resume names, or None; raises a UserError before any weights load if there is
+    none of this script, it is torn or of another --rank, --out cannot be written or holds another run's checkpoints,
+    --wandb has no package, or FLUX.2's generator would start from wrong weights.
     """
-    out = Path(args.out).resolve()
+    out, state = Path(args.out).resolve(), None
     if args.resume:
-        folder = newest_checkpoint(args.resume)
-        other = "acdmd.py" if hasattr(args, "distilled") else "rtdmd.py"
-        if (folder / other).is_file():  # a checkpoint holds its script
-            raise UserError(f"--resume {folder}: that is a run of {other}")
+        state = read_checkpoint(args.resume)
+        scripts = [path.name for path in state["folder"].glob("*.py")]
+        if Path(script).name not in scripts:
+            raise UserError(f"--resume {state['folder']} is of {', '.join(scripts)}, not of {Path(script).name}")
+        was = state["args"].get("rank")
+        if was != vars(args).get("rank"):
+            raise UserError(f"--rank {args.rank}: the adapters of this run have rank {was}, and keep it")
     whole = [*sorted(out.glob("step_*")), *out.glob("final")]
     if whole and (args.resume is None or out not in (args.resume.resolve(), args.resume.resolve().parent)):
         raise UserError(
@@ -1113,6 +1098,7 @@ def check_run(args):
             f"--weights without --generator_weights: the generator of {args.model} starts from weights of its own, the "
             "step-distilled release; give its folder (or that of --weights again)"
         )
+    return state
 
 
 class RunLog:
@@ -1131,16 +1117,16 @@ class RunLog:
         log = out / "log.jsonl"
         settings = json.loads(json.dumps(vars(args), default=str))
         for name, was in (state["args"] if state else {}).items():
-            if name == "rank" and was != settings.get(name):
-                raise UserError(f"--rank {settings.get(name)}: the adapters of this run have rank {was}, and keep it")
             if name not in ("out", "resume") and was != settings.get(name):
                 print(f"not as before step {start}: --{name} was {was}, is {settings.get(name)}")
         with named_failure(f"cannot write to --out {out}"):
             (out / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
             rows = log.read_text().splitlines() if start and log.is_file() else []
             log.write_text("".join(row + "\n" for row in rows if step_of(row) <= start))
+            kept = state["folder"].resolve() if state else None
             for old in [*out.glob("step_*"), *out.glob(".*.partial"), out / "final"]:
-                if old.is_dir() and (not old.name.startswith("step_") or int(old.name[5:]) > start):
+                newer = not old.name.startswith("step_") or int(old.name[5:]) > start
+                if old.is_dir() and newer and old.resolve() != kept:
                     shutil.rmtree(old)
                     print(f"going on from step {start}: dropped {old}")
             self.file = log.open("a")
@@ -1171,12 +1157,14 @@ def named_failure(what):
     """A full disk, a read-only folder and the like become one line that says what could not be done."""
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # of json, safetensors and torch.save
         raise UserError(f"{what}: {first_line(error)}") from error
 
 
-def save_checkpoint(out, step, home, state, args, source, keep=2, final=False):
-    """Write out/step_NNNNNN (or out/final) aside, flush it, then rename it; older step folders beyond `keep` go.
+def save_checkpoint(out, step, home, state, args, source, final=False):
+    """Write out/step_NNNNNN (or out/final) aside, flush it, then rename it; older step folders but one go.
 
     home: {adapter: its transformer}, each a folder that diffusers can load; `state` (optimisers, counters): state.pt;
     source: the script, copied for the record. A process killed at any moment leaves whole checkpoints only.
@@ -1198,7 +1186,7 @@ def save_checkpoint(out, step, home, state, args, source, keep=2, final=False):
             shutil.rmtree(target)
         aside.rename(target)
         flush(target.parent)
-    for old in sorted(Path(out).glob("step_*"))[:-keep]:
+    for old in sorted(Path(out).glob("step_*"))[:-2]:
         shutil.rmtree(old)
     return target
 
@@ -1222,20 +1210,26 @@ def newest_checkpoint(folder):
     return steps[-1]
 
 
-def load_checkpoint(folder, home):
-    """Add the adapters of `home`, {name: transformer}, from a checkpoint or a run's newest; returns its state."""
+def read_checkpoint(folder):
+    """state.pt of a checkpoint, or of a run's newest, with its "args" and "folder"; a UserError if a file is torn."""
     folder = newest_checkpoint(folder)
     older = [path for path in sorted(folder.parent.glob("step_*")) if path.name < folder.name]
     hint = f"the next older one: --resume {older[-1]}" if older else "there is no older one beside it"
     try:
         state = load_tensors(folder / "state.pt")
-        with named_failure("args.json"):
-            settings = json.loads((folder / "args.json").read_text())
-        for name, transformer in home.items():
-            load_adapter(transformer, name, folder / name, trainable=not name.endswith("_ema"))
         if not isinstance(state, dict) or not {"step", "optimizer", "optimizer_fake"} <= set(state):
             raise UserError("state.pt is no training state")
-        state["args"] = settings
+        with named_failure("args.json"):
+            state["args"] = json.loads((folder / "args.json").read_text())
+        for adapter in folder.iterdir():
+            if adapter.is_dir():
+                read_adapter(adapter)
     except UserError as error:
         raise UserError(f"{folder} is torn or no checkpoint: {first_line(error)}; {hint}") from error
-    return state
+    return state | {"folder": folder}
+
+
+def load_checkpoint(state, home):
+    """Add the adapters of `home`, {name: transformer}, from the checkpoint whose state `read_checkpoint` gave."""
+    for name, transformer in home.items():
+        load_adapter(transformer, name, state["folder"] / name, trainable=not name.endswith("_ema"))

@@ -877,6 +877,7 @@ class ObjectDetector(nn.Module):
         return COLORS[int((embeds @ seen[0]).argmax())]
 
 
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 
 
@@ -993,10 +994,10 @@ class Scorers:
         self.weights, self.device = dict(weights), torch.device(device)
         self.batch_size, self.offload, self.reward_dir = batch_size, offload, reward_dir
         files = Weights(reward_dir)
-        self.scorers = [cls(files, device) for cls in dict.fromkeys(SCORERS[name] for name in weights)]
-        for scorer in self.scorers:
+        self.scorers = []
+        for scorer in dict.fromkeys(SCORERS[name] for name in weights):
             with blamed(scorer):
-                scorer.to("cpu" if offload else device)
+                self.scorers.append(scorer(files, device).to("cpu" if offload else device))
 
     @torch.no_grad()
     def score(self, images, prompts, metadata=None, columns=None):
@@ -1032,7 +1033,7 @@ class Scorers:
         return total
 
     def call(self, scorer, images, prompts, metadata=None):
-        """One scorer on one batch, in its weights' own precision (no autocast, no TF32); an error carries its name."""
+        """One scorer on one batch; an error carries its name. No autocast, and no TF32 in the forward."""
         tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # cosines of .2 need 1e-3
         try:
@@ -1087,14 +1088,14 @@ def read_prompts(path):
     if not path.is_file():
         raise UserError(f"prompt file {path} " + ("is a folder" if path.is_dir() else "does not exist"))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors begin with
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt file {path} cannot be read as UTF-8 text: {error}") from None
     if path.suffix == ".txt":
-        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+        rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
     elif path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines would split inside strings
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
@@ -1153,17 +1154,19 @@ def geneval_fault(metadata, classes, colors):
     include, exclude = metadata.get("include"), metadata.get("exclude", [])
     if "tag" not in metadata or not isinstance(include, list) or not include or not isinstance(exclude, list):
         return 'has no "tag" and "include", which geneval needs: take a GenEval .jsonl'
-    known = (("tag", metadata["tag"], TASKS),)
+    known = [("tag", metadata["tag"], TASKS)]
     for i, need in enumerate([*include, *exclude]):
         if not isinstance(need, dict) or type(need.get("count")) is not int or need["count"] < 1:
             return f'asks for {need}: every entry of "include" and "exclude" needs a "count", a whole number above 0'
-        known += (("class", need.get("class"), classes),)
-        known += (("color", need["color"], colors),) if "color" in need else ()
+        known.append(("class", need.get("class"), classes))
+        if "color" in need:
+            known.append(("color", need["color"], colors))
         if "position" in need:
-            where = need["position"]
-            if not (isinstance(where, list | tuple) and len(where) == 2 and where[1] in range(min(i, len(include)))):
+            where, earlier = need["position"], range(min(i, len(include)))
+            pair = isinstance(where, list | tuple) and len(where) == 2
+            if not pair or type(where[1]) is not int or where[1] not in earlier:
                 return f'has the position {where}: write [relation, number of an earlier entry of "include"], from 0'
-            known += (("relation", where[0], RELATIONS),)
+            known.append(("relation", where[0], RELATIONS))
     for what, name, allowed in known:
         if name not in list(allowed):
             return f"has the {what} {name!r}, which geneval's judge does not know; allowed: {', '.join(allowed)}"
@@ -1191,7 +1194,6 @@ def geneval_prompts(n, seed=0, exclude=()):
     return rows
 
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 OPENINGS = ("a picture of", "an image of", "a photograph of", "a snapshot of", "a shot of", "a photograph showing")
 PLURALS = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
 PLURALS |= {"skis": "pairs of skis", "scissors": "pairs of scissors"}
@@ -1236,7 +1238,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Write GenEval-style training prompts.", allow_abbrev=False)
     p.add_argument("file", type=Path, help="the .jsonl to write")
     p.add_argument("--n", type=int, default=50_000, help="prompts")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="the same prompts for the same seed")
     p.add_argument("--exclude", type=Path, help="GenEval .jsonl whose content must not come, in whatever words")
     args = p.parse_args(argv)
     if args.file.suffix != ".jsonl":
@@ -1253,7 +1255,9 @@ def main(args):
     check_prompts(pairs, ["geneval"])
     exclude = [m for _, m in pairs]
     rows = geneval_prompts(args.n, args.seed, exclude)
-    args.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with models.named_failure(f"cannot write {args.file}"):
+        args.file.parent.mkdir(parents=True, exist_ok=True)
+        args.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"{len(rows)} prompts in {args.file}, for example: {', '.join(row['prompt'] for row in rows[:6])}")
 
 

@@ -90,15 +90,8 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="covers prompts, noise, chosen steps and the adapters' initial weights")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
-    add(
-        "--checkpointing",
-        default="auto",
-        choices=["auto", "on", "off"],
-        help="of activations; auto: if memory asks for it",
-    )
-    add(
-        "--shard", default="none", choices=models.SHARD_MODES, help="of the frozen base; full: FSDP2, hybrid: in a node"
-    )
+    add("--checkpointing", default="auto", choices=["auto", "on", "off"], help="of activations; auto: if memory asks")
+    add("--shard", default="none", choices=models.SHARD_MODES, help="of the frozen base, by FSDP2; hybrid: in a node")
     add("--offload_frozen", action="store_true", help="the frozen base waits in host memory, block by block")
     add("--offload_encoders", action="store_true", help="text encoders wait on the CPU while they do not encode")
     add("--compile", action="store_true", help="torch.compile, block by block")
@@ -129,14 +122,15 @@ def parse_args(argv=None):
     p.set_defaults(**{"guidance_scale": models.BACKBONES[known.model]["guidance"], **PRESETS[known.model]})
     args = p.parse_args(argv)
     for name, value in vars(args).items():
-        if isinstance(value, float) and name != "reward_margin" and not 0 <= value < math.inf:
-            p.error(f"--{name} {value}: must be a finite number, at least 0")
+        least = -math.inf if name == "reward_margin" else 0
+        if isinstance(value, float) and not (math.isfinite(value) and value >= least):
+            p.error(f"--{name} {value}: must be a finite number" + (", at least 0" if least == 0 else ""))
     if args.resume and args.out == p.get_default("out"):  # a run goes on in its own folder
         args.out = args.resume.parent if (args.resume / "state.pt").is_file() else args.resume
     counts = "epochs group_size batch_size batches ema_every save_every consistency_batch resolution reward_batch_size"
-    for name in counts.split():
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name, least in {**dict.fromkeys(counts.split(), 1), "sample_every": 0, "skip_nonfinite": 0, "seed": 0}.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            p.error(f"--{name} {getattr(args, name)}: must be at least {least}")
     if not 0 < args.eta <= 1:
         p.error(f"--eta {args.eta}: the policy gradient needs noise; allowed is above 0 to 1, the paper uses 0.9")
     if args.prompts is None and args.model != "classroom":
@@ -148,8 +142,6 @@ def parse_args(argv=None):
             final = args.distilled / "final"
             hint = f"give {final}" if final.is_dir() else "run acdmd.py first and give its final/ folder"
             p.error(f"--distilled {args.distilled} has no {name}: {hint}")
-    if args.skip_nonfinite < 0:
-        p.error(f"--skip_nonfinite {args.skip_nonfinite}: must be at least 0")
     if not 0 <= args.lr_decay <= 1:
         p.error(f"--lr_decay {args.lr_decay}: a share of the run, 0 to 1")
     try:
@@ -185,7 +177,10 @@ def group_advantages(rewards, prompts, weights):
 
 
 def informative(rewards, prompts, weights):
-    """Bool [N]: does some weighted scorer tell the images of this one's group apart? A group of one always counts."""
+    """Bool [N]: does some weighted scorer tell the images of this one's group apart? A group of one always counts.
+
+    NOTE(paper): the release looks for advantages of exactly 0, which standardising over the whole batch leaves nowhere.
+    """
     _, group = np.unique(prompts, return_inverse=True)
     varies = np.bincount(group) == 1
     for name, weight in weights.items():
@@ -245,7 +240,8 @@ def distribution_matching_loss(x0, x0_fake, x0_teacher):
     with torch.no_grad():
         scale = (x0 - x0_teacher).abs().flatten(1).mean(1)
         scale = per_sample(scale, x0)
-        g = torch.where(scale == 0, 0.0, (x0_fake - x0_teacher) / scale)  # NaN elsewhere is an error, and shows
+        # NOTE(paper): the release makes every NaN 0; here only what a zero normaliser gives, so that an error shows
+        g = torch.where(scale == 0, 0.0, (x0_fake - x0_teacher) / scale)
     return 0.5 * (x0 - (x0 - g).detach()).square().mean()
 
 
@@ -360,7 +356,10 @@ def pick_prompts(pairs, n, g):
 def main(args):
     # set-up, models, optimisers
     rank, world_size, device = models.setup_distributed(args.device)
-    models.check_run(args)
+    state = models.check_run(args, __file__)
+    start = state["step"] if state else 0
+    if start > args.epochs:
+        raise models.UserError(f"--epochs {args.epochs}: the run is at {start} already")
     per_rank = args.batch_size * args.batches
     n_images = per_rank * world_size
     if n_images % args.group_size:
@@ -381,6 +380,8 @@ def main(args):
     # are they whole? Known before the models load; are they still the same? Known when a run goes on
     files = [models.read_adapter(args.distilled / name)[2] for name in ("generator_ema", "fake")]
     distilled = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    if state and state.get("distilled", distilled) != distilled:
+        raise models.UserError(f"--distilled {args.distilled}: not the adapters that this run began with")
     size = args.reward_batch_size or args.batch_size
     scorers = rewards.load_scorers(args.rewards, device, args.reward_dir, size, args.offload_rewards)
     dtype = getattr(torch, args.dtype)
@@ -395,14 +396,8 @@ def main(args):
     lora_rank = len(models.adapter_parameters(backbone.student, "distilled")[0])
     # adapter -> the transformer that holds it: one and the same, but for FLUX.2
     home = {"rl": backbone.student, "rl_ema": backbone.student, "fake_rl": backbone.transformer}
-    start, state = 0, None
-    if args.resume:
-        state = models.load_checkpoint(args.resume, home)
-        start = state["step"]
-        if start > args.epochs:
-            raise models.UserError(f"--epochs {args.epochs}: the run is at {start} already")
-        if state.get("distilled", distilled) != distilled:
-            raise models.UserError(f"--distilled {args.distilled}: not the adapters that this run began with")
+    if state:
+        models.load_checkpoint(state, home)
     else:
         for name, network in home.items():
             init = seeded(args.seed, "init", name.removesuffix("_ema"))
@@ -469,7 +464,7 @@ def main(args):
 
         # 4) fake score, on the finished samples
         sums = {}
-        if args.dm_weight:
+        if args.dm_weight:  # NOTE(paper): the release trains it also where nobody reads it
             for b in range(0, per_rank, args.batch_size):
                 part = slice(b, b + args.batch_size)
                 x0 = models.to_device(states[part, -1], device)
@@ -480,6 +475,7 @@ def main(args):
             norm = step_optimizer(optimizer_fake, lr_scale * args.lr_fake, world_size, args.skip_nonfinite > 0)
             sums["grad_norm/fake"] = norm
             sums = {} if patience.skipped(norm, epoch + 1, "grad_norm/fake") else sums
+        taken = dict(sums)
 
         # 5) generator
         g = seeded(args.seed, epoch, rank, "order")
@@ -514,10 +510,10 @@ def main(args):
                 add_to(sums, {name: len(x0) * g.flatten(1).norm(dim=1).mean()}, args.batches)
         norm = step_optimizer(optimizer, lr_scale * args.lr, world_size, args.skip_nonfinite > 0)
         sums["grad_norm/generator"] = norm
-        sums = {} if patience.skipped(norm, epoch + 1, "grad_norm/generator") else sums
+        sums = taken if patience.skipped(norm, epoch + 1, "grad_norm/generator") else sums
 
         # 6) EMA
-        ema.update(epoch + 1)
+        ema.update(epoch + 1)  # NOTE(paper): the release updates it once a micro-batch
 
         # log, sample, save
         row = models.mean_over_ranks(sums, world_size)

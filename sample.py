@@ -16,6 +16,7 @@ Several processes share the batches; pictures and scores are those of one proces
 import argparse
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def parse_args(argv=None):
     for name in ("n", "batch_size", "resolution", "reward_batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.seed < 0:
+        p.error(f"--seed {args.seed}: must be at least 0")
     if args.steps < 1:
         p.error(f"--steps {args.steps}: must be at least 1; 4 is the few-step schedule")
     if args.eta is None:
@@ -63,15 +66,17 @@ def parse_args(argv=None):
         p.error(f"--eta {args.eta}: allowed is 0 (ODE) to 1 (full re-noising)")
     if args.guidance_scale is None:
         args.guidance_scale = 1.0 if few else models.BACKBONES[args.model]["guidance"]
+    if not 0 <= args.guidance_scale < math.inf:
+        p.error(f"--guidance_scale {args.guidance_scale}: must be a finite number, at least 0")
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
     if args.export and args.export.exists():
         p.error(f"--export {args.export} exists: give a new folder")
     if args.out is None:
         names = (Path(f"out/samples_{i}" if i > 1 else "out/samples") for i in itertools.count(1))
-        args.out = next(name for name in names if not name.exists())
-    elif args.out.is_dir() and any(args.out.iterdir()):
-        p.error(f"--out {args.out} is not empty: give a new folder")
+        args.out = next(name for name in names if is_free(name))
+    elif not is_free(args.out):
+        p.error(f"--out {args.out} is a file or not empty: give a new folder")
     if args.reward_dir is None and args.model == "classroom":
         args.reward_dir = models.CLASSROOM
     try:
@@ -86,6 +91,10 @@ def parse_args(argv=None):
     return args
 
 
+def is_free(folder):
+    return not folder.exists() or folder.is_dir() and not any(folder.iterdir())
+
+
 def parse_files(text, columns):
     """ "geneval=a.jsonl,ocr=b.txt" -> {"geneval": Path("a.jsonl"), ...}; each name must be asked for in --eval."""
     files = {}
@@ -94,6 +103,8 @@ def parse_files(text, columns):
         if name not in columns or not file:
             asked = ", ".join(columns) or "nothing"
             raise models.UserError(f"--eval_prompts {item}: write name=FILE for a reward of --eval ({asked})")
+        if rewards.SCORERS[name] in (rewards.SCORERS[other] for other in files):
+            raise models.UserError(f"--eval_prompts {item}: that scorer has a file already")
         files[name] = Path(file)
     return files
 
@@ -170,6 +181,9 @@ def prompt_sets(args):
 def main(args):
     rank, world_size, device = models.setup_distributed(args.device)
     sets, weights = prompt_sets(args) if not args.export else ([], {})
+    folder = args.export.parent if args.export else args.out
+    with models.named_failure(f"cannot write to {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
     for folder in args.lora:
         models.read_adapter(folder)  # is it whole? Known before the models load
     scorers = None
@@ -180,8 +194,8 @@ def main(args):
     few = args.steps == len(models.FEW_STEPS)
     # one network is enough here: FLUX.2's generator, which has weights of its own, or its teacher
     student = models.BACKBONES[args.model].get("student") if few or args.lora else None
-    options = dict(device=device, dtype=dtype, resolution=args.resolution, student=False)
-    backbone = models.load(args.model, args.weights or student, **options)
+    placement = dict(device=device, dtype=dtype, resolution=args.resolution, with_student=False)
+    backbone = models.load(args.model, args.weights or student, **placement)
     for i, folder in enumerate(args.lora):
         models.load_adapter(backbone.transformer, f"lora_{i}", folder)
     backbone.roles["generator"] = tuple(f"lora_{i}" for i in range(len(args.lora)))
@@ -198,7 +212,6 @@ def main(args):
             part = pairs[b : b + args.batch_size]
             batches.append((range(start + b, start + b + len(part)), part, columns))
         start += len(pairs)
-    args.out.mkdir(parents=True, exist_ok=True)
     entries, shown, seconds = {}, {}, 0.0
     for indices, pairs, columns in tqdm(batches[rank::world_size], "images", unit="batch", disable=rank > 0):
         prompts, metadata = [prompt for prompt, _ in pairs], [m for _, m in pairs]

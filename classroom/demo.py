@@ -2,8 +2,8 @@
 
     python classroom/demo.py                                             about 20 minutes on 2 cores
 
-Runs acdmd.py and rtdmd.py (the commands are printed), then samples four generators on the same held-out prompts and the
-same seeds: the teacher with 28 guided steps, the teacher with 4 steps, AC-DMD with 4, RTDMD with 4.
+Runs acdmd.py and rtdmd.py (the commands are printed), then samples on the same held-out prompts and the same seeds: the
+teacher with 28 guided steps, the teacher with 4 (Euler, and CPS as the students), AC-DMD with 4, RTDMD with 4.
 Writes report.md, samples.png and curves.png to --out.
 
     python classroom/demo.py --stages ablations                          about 70 minutes more
@@ -61,10 +61,12 @@ def parse_args(argv=None):
     p.add_argument("--distilled", type=Path, help="stage 1's final folder (default: --out/acdmd/final)")
     p.add_argument("--rl", type=Path, help="stage 2's final folder (default: --out/rtdmd/final)")
     args = p.parse_args(argv)
+    if args.n_prompts < 12:
+        p.error(f"--n_prompts {args.n_prompts}: at least 12, two for each task type")
+    if "ablations" in args.stages and (args.distilled or args.rl):
+        p.error("--stages ablations compares with the runs in --out: leave out --distilled and --rl")
     args.distilled = args.distilled or args.out / "acdmd" / "final"
     args.rl = args.rl or args.out / "rtdmd" / "final"
-    if args.n_prompts < 6:
-        p.error(f"--n_prompts {args.n_prompts}: at least 6, one for each task type")
     return args
 
 
@@ -302,6 +304,11 @@ def ablations(args):
     for folder in folders.values():
         if not folder.is_dir():
             raise models.UserError(f"{folder} does not exist: run the stages acdmd and rtdmd first")
+    for stage, length, asked in ((acdmd, "steps", args.acdmd_steps), (rtdmd, "epochs", args.rtdmd_epochs)):
+        run = args.out / stage.__name__
+        was = json.loads((run / "args.json").read_text())[length]
+        if was != (asked or stage.PRESETS["classroom"][length]):  # like is compared with like
+            raise models.UserError(f"{run} has {was} {length}: add --{stage.__name__}_{length} {was}")
     roles = {"AC-DMD": ("acdmd",), "RTDMD": ("acdmd", "rtdmd")}
     for name, (script, flag, missing) in ABLATIONS.items():
         run = args.out / "ablations" / name
@@ -320,7 +327,8 @@ def ablations(args):
 
 def main(args):
     start = time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
+    with models.named_failure(f"cannot write to --out {args.out}"):
+        args.out.mkdir(parents=True, exist_ok=True)
     if "acdmd" in args.stages:
         run_stage("acdmd.py", args, args.out / "acdmd")
     if "rtdmd" in args.stages:

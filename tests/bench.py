@@ -118,7 +118,7 @@ def main(args):
     models.set_up_blocks(backbone, args.checkpointing, n + 2 * (one.consistency_batch or n), args.compile)
     cond, uncond = backbone.encode(["a prompt"] * n), backbone.encode([""])
     sigmas, indices = backbone.sigmas(), range(n)
-    two = SimpleNamespace(**vars(one), policy_weight=1.0, dm_weight=1e-3, bp_weight=0.0, clip_range=1e-5)
+    two = SimpleNamespace(**vars(one), dm_weight=1e-3, bp_weight=0.0, clip_range=1e-5)
 
     def fake_step():
         x_s, sigma_s = acdmd.rollout(backbone, cond, sigmas, 2, one, indices, (0,))
@@ -135,14 +135,13 @@ def main(args):
         backbone.decode(models.sample_latents(backbone, ["a prompt"] * n, sigmas, 0.9))
 
     x0 = torch.randn(n, *backbone.latent_shape, device=device)
+    states, old = torch.randn(n, 5, *backbone.latent_shape), {0: torch.zeros(n), 1: torch.zeros(n)}
 
     def update_step():
         loss_ac, loss_cons = rtdmd.fake_loss(backbone, cond, x0, two, indices, (4,))
         (loss_ac + two.gamma * loss_cons).backward()
         models.step_optimizer(optimizers["fake"], 1e-5, 1)
-        for sigma, sigma_next in ((sigmas[0], sigmas[1]), (sigmas[1], sigmas[2])):
-            log_prob = models.cps_log_prob(x0, x0, backbone.velocity(x0, sigma, cond), sigma, sigma_next, 0.9)
-            rtdmd.policy_loss(log_prob, log_prob.detach(), torch.ones(n, device=device)).backward()
+        rtdmd.policy_gradient(backbone, ["a prompt"] * n, sigmas, states, old, torch.ones(n), 1.0, two)
         out = models.cps_step(x0, backbone.velocity(x0, sigmas[3], cond), sigmas[3], 0.0)
         g_dm, _, _, _ = rtdmd.last_step_gradients(backbone, None, None, cond, uncond, out, two, indices, (5,))
         out.backward(g_dm)

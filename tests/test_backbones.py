@@ -1,6 +1,7 @@
 """FLUX.1 and FLUX.2 as the scripts run them, on complete small pipelines of the same classes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -259,6 +260,28 @@ def test_compiled_blocks_compute_the_same_for_every_role(monkeypatch):
 def test_weights_of_another_family_are_refused(folders):
     with pytest.raises(models.UserError, match="holds a FluxPipeline, and --model flux2-4b needs a Flux2KleinPipeline"):
         models.load("flux2-4b", folders / "flux1")
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    (
+        ("model_index.json", "--weights .* is no whole pipeline folder"),
+        ("vae", "--weights .* is no whole pipeline folder"),
+        ("transformer/config.json", "--weights .* is no whole pipeline folder"),
+        ("student", "--generator_weights .* is no whole pipeline folder"),
+    ),
+)
+def test_a_pipeline_folder_that_is_not_whole_is_named(folders, tmp_path, broken, said):
+    shutil.copytree(folders / "flux2-4b", tmp_path / "a")
+    (tmp_path / "student").mkdir()
+    path = tmp_path / "a" / broken
+    if broken == "vae":
+        shutil.rmtree(path)
+    elif path.is_file():
+        path.write_text('{"half')
+    with pytest.raises(models.UserError, match=said) as error:
+        models.load("flux2-4b", tmp_path / "a", tmp_path / "student")
+    assert "\n" not in str(error.value)
 
 
 def test_a_repository_that_cannot_be_fetched_says_so(tmp_path):

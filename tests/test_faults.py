@@ -120,12 +120,23 @@ def test_a_torn_checkpoint_is_refused_and_the_older_one_offered(run, file):
     assert (run / "final").is_dir() and len(log(run)) == 3
 
 
+def test_a_run_goes_on_from_its_final_folder_alone(run):
+    """The folder that a run is resumed from stays until the next checkpoint is whole."""
+    for step in run.glob("step_*"):
+        shutil.rmtree(step)
+    state = models.read_checkpoint(run / "final")
+    models.RunLog(0, acdmd.parse_args(["--out", str(run), "--resume", str(run / "final")]), state).file.close()
+    assert models.read_checkpoint(run / "final")["step"] == 2
+    resume(run, "--resume", str(run / "final"))
+    assert [row["step"] for row in log(run)] == [1, 2, 3] and models.read_checkpoint(run / "final")["step"] == 3
+
+
 def test_a_checkpoint_of_the_other_stage_is_refused(run, tmp_path):
     import rtdmd
 
     small = "--batch_size 2 --batches 1 --group_size 2 --sample_every 0 --epochs 1".split()
     flags = [*small, "--distilled", str(run / "final"), "--out", str(tmp_path / "rl"), "--resume", str(run)]
-    with pytest.raises(models.UserError, match="step_000002: that is a run of acdmd.py"):
+    with pytest.raises(models.UserError, match="step_000002 is of acdmd.py, not of rtdmd.py"):
         rtdmd.main(rtdmd.parse_args(flags))
 
 

@@ -1,5 +1,6 @@
 """Backbone, adapters and state, on the committed classroom teacher."""
 
+import json
 import types
 
 import pytest
@@ -190,9 +191,24 @@ def test_a_malicious_adapter_is_refused_and_does_not_run(backbone, tmp_path):
             return (type(tmp_path).touch, (tmp_path / "executed",))
 
     (tmp_path / "a.pt").write_bytes(pickle.dumps({"x.lora_A.weight": Payload()}))
-    with pytest.raises(models.UserError, match="a.pt holds more than tensors, and pickled code is never run"):
+    with pytest.raises(models.UserError, match="a.pt is no complete file of tensors"):
         models.load_adapter(backbone.transformer, "evil", tmp_path / "a.pt")
+    torch.save({"x.lora_A.weight": Payload()}, tmp_path / "b.pt")
+    with pytest.raises(models.UserError, match="b.pt holds more than tensors, and pickled code is never run"):
+        models.load_adapter(backbone.transformer, "evil", tmp_path / "b.pt")
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("prefix", ("", "transformer."))
+@pytest.mark.parametrize("key", ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora"))
+def test_an_adapter_that_is_more_than_plain_lora_is_refused(backbone, tmp_path, prefix, key):
+    models.save_adapter(backbone.transformer, "generator", tmp_path)
+    file = tmp_path / models.LORA_FILE
+    tensors = models.load_tensors(file)
+    for config, said in (({f"{prefix}{key}": {"x": 1}}, f"its {key} is not supported"), ([1], "no JSON object")):
+        models.save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
+        with pytest.raises(models.UserError, match=said):
+            models.read_adapter(tmp_path)
 
 
 def test_export_is_the_stack_merged(backbone, tmp_path):

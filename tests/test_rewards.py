@@ -465,7 +465,7 @@ def test_a_pickle_is_not_executed(folder, tmp_path):
 
     (tmp_path / "hpsv2").mkdir()
     (tmp_path / "hpsv2/HPS_v2.1_compressed.pt").write_bytes(pickle.dumps({"state_dict": Payload()}))
-    with pytest.raises(models.UserError, match="pt holds more than tensors, and pickled code is never run"):
+    with pytest.raises(models.UserError, match="is no complete file of tensors"):
         one("hpsv2", tmp_path)
     assert not (tmp_path / "executed").exists()
 
@@ -646,6 +646,14 @@ def test_training_prompts_as_a_file(tmp_path, monkeypatch):
     assert [m for _, m in pairs] == rewards.geneval_prompts(60)
 
 
+def test_a_line_of_a_prompt_file_ends_where_json_says(tmp_path):
+    odd = "a sign\u2028in two\x85lines"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\n", encoding="utf-8-sig")
+    (tmp_path / "a.txt").write_text(f"{odd}\r\n\na cat\n", encoding="utf-8-sig")
+    assert [prompt for prompt, _ in rewards.read_prompts(tmp_path / "a.jsonl")] == [odd]
+    assert [prompt for prompt, _ in rewards.read_prompts(tmp_path / "a.txt")] == [odd, "a cat"]
+
+
 def metadata(**more):
     return {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red", **more}]}
 
@@ -670,6 +678,7 @@ RELATED = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position"
         ({"include": [RELATED[0], RELATED[1] | {"position": ["beside", 0]}]}, "relation 'beside', .* left of"),
         ({"include": [RELATED[0], RELATED[1] | {"position": ["above", 1]}]}, "number of an earlier entry"),
         ({"include": [RELATED[0], RELATED[1] | {"position": "above"}]}, "position above: write"),
+        ({"include": [RELATED[0], RELATED[1] | {"position": ["above", 0.0]}]}, "number of an earlier entry"),
         ({"include": RELATED[::-1]}, "number of an earlier entry"),
     ),
 )

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: training, resuming, sampling, and what bad input gets."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,6 +345,13 @@ def test_color_entropy_is_0_for_one_color_and_1_for_all():
         assert demo.color_entropy(images, metadata) == pytest.approx(want)
 
 
+def test_ablations_compare_like_with_like(distilled, tmp_path):
+    shutil.copytree(distilled, tmp_path / "acdmd")
+    (tmp_path / "rtdmd/final/rl_ema").mkdir(parents=True)
+    with pytest.raises(models.UserError, match="/acdmd has 4 steps: add --acdmd_steps 4"):
+        demo.main(demo.parse_args(["--out", str(tmp_path), "--stages", "ablations"]))
+
+
 def test_ablations_need_the_full_method_first(tmp_path):
     with pytest.raises(models.UserError, match="generator_ema does not exist: run the stages acdmd and rtdmd first"):
         demo.main(demo.parse_args(["--out", str(tmp_path), "--stages", "ablations"]))
@@ -404,7 +412,17 @@ BAD = {  # command -> what the one line on standard error must say
     "sample.py --eval hpsv2 --reward_dir {tmp}": "cannot open HPS_v2.1_compressed.pt of xswu/HPSv2",
     "sample.py --eval hpsv2 --reward_dir {tmp}/nowhere": "nowhere is not a folder: make it, or leave it out",
     "sample.py --eval clipscore=1,clipscore=2": "reward clipscore stands twice in 'clipscore=1,clipscore=2'",
-    "sample.py --out {tmp}": "is not empty: give a new folder",
+    "sample.py --out {tmp}": "is a file or not empty: give a new folder",
+    "sample.py --out {tmp}/plain.txt": "is a file or not empty: give a new folder",
+    "sample.py --out {tmp}/plain.txt/run": "cannot write to",
+    "sample.py --seed -1": "--seed -1: must be at least 0",
+    "sample.py --guidance_scale nan": "--guidance_scale nan: must be a finite number",
+    "sample.py --eval geneval --eval_prompts geneval=a,geneval=b": "geneval=b: that scorer has a file already",
+    "acdmd.py --sample_every -1": "--sample_every -1: must be at least 0",
+    "rtdmd.py --distilled {acdmd} --reward_margin nan": "--reward_margin nan: must be a finite number",
+    "acdmd.py --steps 2 --rank 4 --resume {acdmd}": "--steps 2: the run is at 4 already",
+    "acdmd.py --rank 5 --resume {acdmd}": "--rank 5: the adapters of this run have rank 4, and keep it",
+    "rewards.py {tmp}/plain.txt/a.jsonl --n 6": "cannot write",
     "rtdmd.py --distilled {acdmd}/..": "/final",
     "rtdmd.py --distilled {acdmd} --prompts {tmp}/dog.jsonl": "prompt 1 ('a dog') has the class 'dog', which geneval's",
     "rewards.py a.jsonl --n 0": "--n must be at least 1",
