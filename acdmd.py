@@ -54,7 +54,7 @@ PRESETS = {  # published settings of each backbone; the classroom's were measure
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
     add = p.add_argument
     add("--model", default="classroom", choices=PRESETS, help="backbone; picks the preset that other flags override")
     add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add("--eta", type=float, default=0.9, help="CPS stochasticity, 0 ODE to 1 full re-noising; paper: 0.9")
     add("--gamma", type=float, default=0.01, help="weight of L_cons; paper: 0.01. 0: ablation without consistency")
     add("--delta_max", type=int, default=200, help="L_cons: largest step back in time, in timesteps; paper: 200")
-    add("--consistency_batch", type=int, help="L_cons on at most so many samples of the batch (default: all)")
+    add("--consistency_batch", type=int, help="L_cons on so many samples of each process's batch (default: all)")
     add("--plain_dmd", action="store_true", help="ablation: match x0_hat of every step at s = 0, no sub-intervals")
     add("--ema_decay", type=float, default=0.99, help="paper: 0.99, every iteration")
     add("--log_every", type=int, default=10, help="iterations")

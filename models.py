@@ -282,6 +282,9 @@ def read_adapter(source):
     files = [source] if source.is_file() else [source / LORA_FILE, source / "adapter_model.safetensors"]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
+        inside = [str(path.parent) for path in sorted(source.glob(f"*/{LORA_FILE}"))]
+        if inside:
+            raise UserError(f"no adapter at {source} itself: give one of {', '.join(inside)}")
         raise UserError(
             f"no adapter at {source}: expected a folder with {LORA_FILE}, as acdmd.py writes final/generator_ema, "
             "or with PEFT's adapter_model.safetensors, or a .pt file"
@@ -810,8 +813,11 @@ def quiet_libraries():
 
 def load_transformer(cls, folder, dtype):
     """Build a diffusers transformer on the meta device and assign its safetensors shards: no random fill, one copy."""
+    config = cls.load_config(folder)
+    if config["_class_name"] != cls.__name__:
+        raise UserError(f"{folder} holds a {config['_class_name']}, and this backbone needs a {cls.__name__}")
     with torch.device("meta"):
-        model = cls.from_config(cls.load_config(folder))
+        model = cls.from_config(config)
     state = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         state |= load_tensors(file)

@@ -47,6 +47,9 @@ SOURCES = {  # folder under --reward_dir -> where its files come from; what is n
 }
 
 
+SMALL = "--include '*.json' --include '*.txt' "  # of a repository: configs and tokenizers
+
+
 class Weights:
     """Opens the files of SOURCES, from reward_dir/<folder> or the hub, and shares the CLIP that three scorers use."""
 
@@ -61,9 +64,11 @@ class Weights:
         local = self.reward_dir / folder if self.reward_dir else None
         return str(local) if local and local.is_dir() else SOURCES[folder]
 
-    def missing(self, folder, name, error):
+    def missing(self, folder, name, error, files=""):
+        """A UserError that says what to put where; files: which of the repository, as `hf download` takes them."""
         place = f"{self.reward_dir or 'REWARDS'}/{folder}/"
-        command = "" if "://" in SOURCES[folder] else f" (hf download {SOURCES[folder]} --local-dir {place})"
+        command = f" (hf download {SOURCES[folder]} {files}--local-dir {place})"
+        command = "" if "://" in SOURCES[folder] else command
         return UserError(
             f"cannot open {name} of {SOURCES[folder]}: {models.first_line(error)} Put it into {place}{command} "
             f"and give --reward_dir {self.reward_dir or 'REWARDS'}"
@@ -74,7 +79,7 @@ class Weights:
         try:
             return cls.from_pretrained(self.source(folder), **options)
         except (OSError, ValueError) as error:
-            raise self.missing(folder, f"the files of {cls.__name__}", error) from None
+            raise self.missing(folder, f"the files of {cls.__name__}", error, SMALL) from None
 
     def file(self, folder, name):
         """Path of one published file."""
@@ -82,14 +87,15 @@ class Weights:
         if "://" in source or Path(source).is_dir():
             path = Path(source) / name
             if not path.is_file():
-                raise self.missing(folder, name, f"there is no {path}." if "://" not in source else "not on the hub.")
+                error = f"there is no {path}." if "://" not in source else "not on the hub."
+                raise self.missing(folder, name, error, f"{name} ")
             return path
         from huggingface_hub import hf_hub_download
 
         try:
             return Path(hf_hub_download(source, name))
         except (OSError, ValueError) as error:  # no network, no such file
-            raise self.missing(folder, name, error) from None
+            raise self.missing(folder, name, error, f"{name} ") from None
 
     def state(self, folder, name):
         """State dict of one published file; a pickle is read without running any of it."""
@@ -128,8 +134,8 @@ class Weights:
         """A tokenizer of `size` tokens; without its vocabulary's file transformers would make an empty one."""
         tokenizer = self.open(cls, folder)
         if len(tokenizer) != size:
-            error = f"{len(tokenizer)} tokens where the model knows {size}; is its vocabulary's file there?"
-            raise self.missing(folder, f"the files of {cls.__name__}", error)
+            error = f"{len(tokenizer)} tokens where the model knows {size}; its vocabulary's file is not there."
+            raise self.missing(folder, f"the files of {cls.__name__}", error, SMALL)
         return tokenizer
 
 
@@ -1235,7 +1241,8 @@ def with_article(name):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Write GenEval-style training prompts.", allow_abbrev=False)
+    what = "Write GenEval-style training prompts."
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=what, allow_abbrev=False)
     p.add_argument("file", type=Path, help="the .jsonl to write")
     p.add_argument("--n", type=int, default=50_000, help="prompts")
     p.add_argument("--seed", type=int, default=0, help="the same prompts for the same seed")

@@ -73,7 +73,7 @@ WEAK_TASKS = {"counting": 2, "two_object": 2, "position": 2, "color_attr": 2}
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
     add = p.add_argument
     add("--model", default="classroom", choices=PRESETS, help="backbone; picks the preset that other flags override")
     add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
@@ -113,7 +113,7 @@ def parse_args(argv=None):
     add("--bp_weight", type=float, default=1e-4, help="weight of reward back-propagation; paper: 1e-4; 0: ablation")
     add("--reward_margin", type=float, default=3.0, help="back-propagation is mean(relu(margin - R)); paper: 3")
     add("--gamma", type=float, default=0.01, help="weight of L_cons in L_fake; paper: 0.01")
-    add("--consistency_batch", type=int, help="L_cons on at most so many samples of each micro-batch (default: all)")
+    add("--consistency_batch", type=int, help="L_cons on so many samples of each micro-batch (default: all)")
     add("--ema_every", type=int, default=8, help="optimiser steps between EMA updates; paper: 8, decay at most 0.9")
     add("--skip_nonfinite", type=int, default=0, help="gradients in a row that may be not finite and are skipped")
     add("--sample_every", type=int, default=100, help="epochs between sample grids; 0: none")

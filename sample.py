@@ -29,15 +29,15 @@ import rewards
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
     add = p.add_argument
     add("--model", default="classroom", choices=models.BACKBONES, help="backbone")
-    add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
+    add("--weights", help="pipeline folder or hub id in place of the published one (FLUX.2's student: its own)")
     add("--resolution", type=int, help="pixels a side (default: the backbone's)")
     add("--lora", action="append", default=[], type=Path, help="adapter folder; repeat to stack, applied in order")
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
     add("--prompts", type=Path, help=".txt, .jsonl or .json; default: the classroom's held-out captions")
-    add("--n", type=int, help="images: the first n prompts (classroom default 48, else all of the file)")
+    add("--n_images", type=int, help="the first n prompts (classroom default 48, else all of the file)")
     add("--steps", type=int, default=4, help="4: few-step CPS; another number: the pipeline's schedule, Euler")
     add("--export", type=Path, help="write the transformer with the adapters merged in to this new folder, and stop")
     add("--eta", type=float, help="CPS stochasticity (default 0.9 at 4 steps, else 0)")
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = p.parse_args(argv)
     few = args.steps == len(models.FEW_STEPS)
-    for name in ("n", "batch_size", "resolution", "reward_batch_size"):
+    for name in ("n_images", "batch_size", "resolution", "reward_batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.seed < 0:
@@ -115,7 +115,8 @@ def generate(
     """Images [N, 3, H, W] in [0, 1] on the CPU; image i depends on (seed, indices[i] or i) and its prompt alone."""
     indices = range(len(prompts)) if indices is None else indices
     images = []
-    for b in tqdm(range(0, len(prompts), batch_size), "images", unit="batch", leave=False):
+    quiet = len(prompts) <= batch_size
+    for b in tqdm(range(0, len(prompts), batch_size), "images", unit="batch", leave=False, disable=quiet):
         part = slice(b, b + batch_size)
         latents = models.sample_latents(backbone, prompts[part], sigmas, eta, guidance_scale, seed, indices[part], role)
         images.append(models.decode_all(backbone, latents))
@@ -165,14 +166,14 @@ def prompt_sets(args):
     if args.prompt:
         sets.append(([(prompt, {"prompt": prompt}) for prompt in args.prompt], rest))
     elif args.prompts:
-        sets.append((rewards.read_prompts(args.prompts)[: args.n], rest))
+        sets.append((rewards.read_prompts(args.prompts)[: args.n_images], rest))
     elif rest or not weights:
         from classroom.shapes import sample_prompts
 
-        sets.append(([(m["prompt"], m) for m in sample_prompts(args.n or 48, args.seed, "heldout")], rest))
+        sets.append(([(m["prompt"], m) for m in sample_prompts(args.n_images or 48, args.seed, "heldout")], rest))
     for file in dict.fromkeys(routed.values()):
         columns = [column for column in weights if routed.get(column) == file]
-        sets.append((rewards.read_prompts(file)[: args.n], columns))
+        sets.append((rewards.read_prompts(file)[: args.n_images], columns))
     for pairs, columns in sets:
         rewards.check_prompts(pairs, columns, args.reward_dir)
     return sets, weights

@@ -47,7 +47,7 @@ ABLATIONS = {
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--out", type=Path, default=Path("out/classroom"), help="folder of both runs and the report")
     p.add_argument("--seed", type=int, default=0, help="of both trainings; the evaluation is fixed")
     stages = ["acdmd", "rtdmd", "report"]

@@ -170,7 +170,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", default="classroom", choices=models.BACKBONES)
     parser.add_argument(
         "--random_weights", action="store_true", help="and dummy embeddings, in place of published ones"

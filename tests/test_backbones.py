@@ -269,10 +269,12 @@ def test_weights_of_another_family_are_refused(folders):
         ("vae", "--weights .* is no whole pipeline folder"),
         ("transformer/config.json", "--weights .* is no whole pipeline folder"),
         ("student", "--generator_weights .* is no whole pipeline folder"),
+        ("other", "transformer holds a FluxTransformer2DModel, and this backbone needs a Flux2Transformer2DModel"),
     ),
 )
 def test_a_pipeline_folder_that_is_not_whole_is_named(folders, tmp_path, broken, said):
     shutil.copytree(folders / "flux2-4b", tmp_path / "a")
+    student = folders / "flux1" if broken == "other" else tmp_path / "student"
     (tmp_path / "student").mkdir()
     path = tmp_path / "a" / broken
     if broken == "vae":
@@ -280,7 +282,7 @@ def test_a_pipeline_folder_that_is_not_whole_is_named(folders, tmp_path, broken,
     elif path.is_file():
         path.write_text('{"half')
     with pytest.raises(models.UserError, match=said) as error:
-        models.load("flux2-4b", tmp_path / "a", tmp_path / "student")
+        models.load("flux2-4b", tmp_path / "a", student)
     assert "\n" not in str(error.value)
 
 

@@ -436,7 +436,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(folder, tmp_path, name, file, c
 @pytest.mark.parametrize(
     "name, file, content, said",
     (
-        ("clipscore", "clip/tokenizer.json", None, "tokens where the model knows 593; is its vocabulary's file there"),
+        ("clipscore", "clip/tokenizer.json", None, "593; its vocabulary's file is not there"),
         ("hpsv2", "clip/tokenizer.json", None, "tokens where the model knows"),
         ("imagereward", "bert/vocab.txt", None, "5 tokens where the model knows 62"),
         ("pickscore", "pickscore/model.safetensors", b"half", "cannot open the weights of CLIPModel of yuvalkirstain"),
@@ -478,6 +478,8 @@ def test_weights_that_are_nowhere_say_which_file_from_where_and_whereto(tmp_path
     said = str(error.value)
     assert "cannot open" in said and f"Put it into {tmp_path}/rewards/" in said and "--reward_dir" in said
     assert "\n" not in said and any(source in said for source in rewards.SOURCES.values())
+    command = {"hpsv2": "xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir", "imagereward": "ImageReward.pt --local-dir"}
+    assert command.get(name, "") in said
 
 
 # ---------------------------------------------------------------------------------------------------------------
