@@ -20,6 +20,7 @@ generator_ema and fake. final/generator_ema is the result; rtdmd.py goes on from
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import models
 import rewards
 from models import cps_step, renoise, seeded, step_optimizer
 
-PRESETS = {  # published settings of each backbone; the classroom's were measured (README)
+PRESETS = {  # published settings of each backbone, and measured ones of the classroom
     "sd3": dict(lr=3e-5, lr_fake=3e-5),
     "sd35": dict(lr=3e-5, lr_fake=3e-5),
     "flux1": dict(lr=3e-5, lr_fake=3e-5),
@@ -54,7 +55,8 @@ PRESETS = {  # published settings of each backbone; the classroom's were measure
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
+    options = dict(usage=argparse.SUPPRESS, formatter_class=models.Help, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
     add = p.add_argument
     add("--model", default="classroom", choices=PRESETS, help="backbone; picks the preset that other flags override")
     add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
@@ -90,7 +92,8 @@ def parse_args(argv=None):
     add("--skip_nonfinite", type=int, default=0, help="gradients in a row that may be not finite and are skipped")
     add("--sample_every", type=int, default=500, help="iterations between sample grids; 0: none")
     add("--save_every", type=int, default=500, help="iterations between checkpoints")
-    known, _ = p.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     p.set_defaults(**{"guidance_scale": models.BACKBONES[known.model]["guidance"], **PRESETS[known.model]})
     args = p.parse_args(argv)
     for name, value in vars(args).items():
@@ -132,6 +135,7 @@ def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise_1, noise_2):
 
     The optimal fake score is self-consistent: averaged over its own transition t -> t', h does not move (App. E).
     The square of that average needs two independent transitions x'_1, x'_2; one alone would add its variance (App. F).
+    t' may lie below s, where L_ac gives a sample no target.
 
     predict(x, sigma) -> v_phi, called once on both transitions, [2B, C, H, W]; v_t = v_phi(x_t, sigma_t) with gradient;
     delta: [B] integer timesteps to go back. Gradients flow through the three h, not through the transitions.
@@ -235,6 +239,10 @@ def main(args):
     start = state["step"] if state else 0
     if start > args.steps:
         raise models.UserError(f"--steps {args.steps}: the run is at {start} already")
+    if start == args.steps and (args.out / "final").is_dir():
+        if rank == 0:
+            print(f"nothing left to train: {args.out}/final is the run's end, step {start}")
+        return
     stop = models.StopSignal()
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts()
     prompts = [prompt for prompt, _ in pairs]

@@ -8,6 +8,7 @@ Notation of the paper: x_sigma = (1 - sigma) x0 + sigma noise, v = noise - x0, x
 eps_hat = x + (1 - sigma) v. All of it is computed in float32, also where the networks run in bf16.
 """
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -33,6 +34,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
+
+
+class Help(argparse.HelpFormatter):
+    """Every flag with its value; `--model sd35 --help` shows sd35's."""
+
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, argparse.SUPPRESS, [])
+        return action.help + (" [%(default)s]" if shown else "")
 
 
 class UserError(ValueError):
@@ -249,7 +258,8 @@ def save_adapter(transformer, name, folder):
     rank = len(m.lora_A[name])
     config = {"r": rank, "lora_alpha": m.scale[name] * rank, "target_modules": sorted(modules)}
     config = {f"transformer.{key}": value for key, value in config.items()}
-    save_file(tensors, folder / LORA_FILE, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
+    # one entry: safetensors writes several in random order, and equal adapters shall be equal files
+    save_file(tensors, folder / LORA_FILE, {"lora_adapter_metadata": json.dumps(config)})
 
 
 # all that missing or broken files make safetensors and torch's unpickler raise
@@ -319,6 +329,16 @@ def read_adapter(source):
     # without metadata diffusers takes alpha = rank; the authors' .pt files have twice that
     default = rank if file.suffix == ".safetensors" else 2 * rank
     return modules, config.get("lora_alpha", default), file
+
+
+def fingerprint(source):
+    """A hash of an adapter's numbers, whatever file holds them."""
+    modules, alpha, _ = read_adapter(source)
+    digest = hashlib.sha256(str(alpha).encode())
+    for path, pair in sorted(modules.items()):
+        for key, tensor in sorted(pair.items()):
+            digest.update(f"{path} {key} {tuple(tensor.shape)}".encode() + tensor.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_adapter(transformer, name, source, trainable=False):
@@ -1062,7 +1082,7 @@ class EMA:
     """Exponential moving average: `average` follows `parameters`.
 
     decay: fixed (stage 1), or with `warmup` min(decay, (1 + n) / (10 + n)) (stage 2). `update(n)` follows the n-th
-    optimiser step and acts when n + 1 is a multiple of `every`.
+    optimiser step and acts when n + 1 is a multiple of `every` (the release's counting; its stage 2 begins at n = 1).
     """
 
     def __init__(self, parameters, average, decay, every=1, warmup=False):
@@ -1121,6 +1141,8 @@ class RunLog:
             return
         out, start = Path(args.out), state["step"] if state else 0
         log = out / "log.jsonl"
+        if state:
+            print(f"going on from step {start}, {state['folder']}")
         settings = json.loads(json.dumps(vars(args), default=str))
         for name, was in (state["args"] if state else {}).items():
             if name not in ("out", "resume") and was != settings.get(name):
@@ -1134,7 +1156,7 @@ class RunLog:
                 newer = not old.name.startswith("step_") or int(old.name[5:]) > start
                 if old.is_dir() and newer and old.resolve() != kept:
                     shutil.rmtree(old)
-                    print(f"going on from step {start}: dropped {old}")
+                    print(f"dropped {old}, which is not of this run up to step {start}")
             self.file = log.open("a")
         if args.wandb:
             import wandb as wandb_package

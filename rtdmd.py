@@ -1,8 +1,9 @@
 """Stage 2, RTDMD: reinforce the distilled 4-step generator on image rewards.
 
 Reward-tilted distribution matching, section 3 and appendices G-I of "Reinforcing Few-step Generators via Reward-Tilted
-Distribution Matching" (arXiv 2605.26108). KL(p_theta || p_psi exp(beta r) / Z) = distribution matching - beta E[r]: the
-leash is stage 1's L_G; the reward's gradient has two parts, because the last of four steps is deterministic. An epoch:
+Distribution Matching" (arXiv 2605.26108). KL(p_theta || p_psi exp(beta r) / Z) = distribution matching - beta E[r] +
+const. The leash is stage 1's L_G, weighed by dm_weight in place of 1 / beta. The reward's gradient has two parts,
+policy_weight's and bp_weight's, because the last of four steps is deterministic. An epoch:
 
 1. Choose 2 of the 3 stochastic steps (SubGRPO).
 2. Sample groups of K images a prompt, 4 CPS steps. Steps not chosen share one noise per prompt.
@@ -23,8 +24,8 @@ Writes to --out: args.json, log.jsonl, samples/, step_NNNNNN/ and final/ with th
 """
 
 import argparse
-import hashlib
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -73,7 +74,8 @@ WEAK_TASKS = {"counting": 2, "two_object": 2, "position": 2, "color_attr": 2}
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
+    options = dict(usage=argparse.SUPPRESS, formatter_class=models.Help, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
     add = p.add_argument
     add("--model", default="classroom", choices=PRESETS, help="backbone; picks the preset that other flags override")
     add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
@@ -118,7 +120,8 @@ def parse_args(argv=None):
     add("--skip_nonfinite", type=int, default=0, help="gradients in a row that may be not finite and are skipped")
     add("--sample_every", type=int, default=100, help="epochs between sample grids; 0: none")
     add("--save_every", type=int, default=50, help="epochs between checkpoints")
-    known, _ = p.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     p.set_defaults(**{"guidance_scale": models.BACKBONES[known.model]["guidance"], **PRESETS[known.model]})
     args = p.parse_args(argv)
     for name, value in vars(args).items():
@@ -192,7 +195,10 @@ def informative(rewards, prompts, weights):
 
 
 def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advantage=5.0):
-    """PPO's clipped loss mean(max(-A ratio, -A clip(ratio, 1 -+ clip_range))), ratio = exp(logp - logp_old)."""
+    """PPO's clipped loss mean(max(-A ratio, -A clip(ratio, 1 -+ clip_range))), ratio = exp(logp - logp_old).
+
+    Advantages count up to +-max_advantage.
+    """
     advantages = advantages.clamp(-max_advantage, max_advantage)
     ratio = (log_prob - old_log_prob).exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
@@ -214,7 +220,8 @@ def shared_noise(prompts, step, epoch, seed, shape):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# stage 1's losses at s = 0, where x_t = (1-t) x0 + t z and a step back to s is x0_hat (tests pin them to acdmd.py's)
+# stage 1's losses at s = 0, for stage 2 matches finished samples only: x_t = (1-t) x0 + t z, and a step back to s is
+# x0_hat. Written out so that this file reads alone; tests pin them to acdmd.py's
 
 
 def fake_score_loss(v_fake, x0, noise, sigma_t, max_weight=10.0):
@@ -360,6 +367,10 @@ def main(args):
     start = state["step"] if state else 0
     if start > args.epochs:
         raise models.UserError(f"--epochs {args.epochs}: the run is at {start} already")
+    if start == args.epochs and (args.out / "final").is_dir():
+        if rank == 0:
+            print(f"nothing left to train: {args.out}/final is the run's end, step {start}")
+        return
     per_rank = args.batch_size * args.batches
     n_images = per_rank * world_size
     if n_images % args.group_size:
@@ -377,9 +388,8 @@ def main(args):
         raise models.UserError(
             f"an epoch needs {n_groups} distinct prompts, the file has {distinct}: lower --batches or --batch_size"
         )
-    # are they whole? Known before the models load; are they still the same? Known when a run goes on
-    files = [models.read_adapter(args.distilled / name)[2] for name in ("generator_ema", "fake")]
-    distilled = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    # are they whole, known before the models load, and the same as when the run began?
+    distilled = [models.fingerprint(args.distilled / name) for name in ("generator_ema", "fake")]
     if state and state.get("distilled", distilled) != distilled:
         raise models.UserError(f"--distilled {args.distilled}: not the adapters that this run began with")
     size = args.reward_batch_size or args.batch_size
@@ -493,7 +503,7 @@ def main(args):
             values = policy_gradient(backbone, texts, sigmas, states[part], old, advantages[part], weight, args)
             add_to(sums, {name: share * value for name, value in values.items()}, 1)
         if args.policy_weight:
-            models.average_gradients(generator, world_size)
+            models.average_gradients(generator, world_size)  # for this norm; an average stays what it is below
             sums["grad_norm/policy"] = torch.nn.utils.get_total_norm([p.grad for p in generator])
         for part in order.split(args.batch_size) if args.dm_weight or args.bp_weight else ():
             # last step: leash and reward back-propagation
@@ -506,7 +516,7 @@ def main(args):
             )
             x0.backward((g_dm + g_bp) / (args.batches * steps))  # chain rule: from dL/dx0 through the transformer
             add_to(sums, {"loss/dm": loss_dm, "loss/bp": loss_bp}, args.batches)
-            for name, g in (("grad_x0/dm", g_dm), ("grad_x0/bp", g_bp)):  # g is of a mean over the batch
+            for name, g in (("grad_x0/dm", g_dm), ("grad_x0/bp", g_bp)):  # times B: of one image
                 add_to(sums, {name: len(x0) * g.flatten(1).norm(dim=1).mean()}, args.batches)
         norm = step_optimizer(optimizer, lr_scale * args.lr, world_size, args.skip_nonfinite > 0)
         sums["grad_norm/generator"] = norm

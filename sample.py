@@ -29,7 +29,8 @@ import rewards
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
+    options = dict(usage=argparse.SUPPRESS, formatter_class=models.Help, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
     add = p.add_argument
     add("--model", default="classroom", choices=models.BACKBONES, help="backbone")
     add("--weights", help="pipeline folder or hub id in place of the published one (FLUX.2's student: its own)")

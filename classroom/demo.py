@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,11 +48,13 @@ ABLATIONS = {
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
+    options = dict(usage=argparse.SUPPRESS, formatter_class=models.Help, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
     p.add_argument("--out", type=Path, default=Path("out/classroom"), help="folder of both runs and the report")
     p.add_argument("--seed", type=int, default=0, help="of both trainings; the evaluation is fixed")
     stages = ["acdmd", "rtdmd", "report"]
-    p.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "ablations"])
+    more = "ablations: train both stages again without one part at a time, about 70 minutes; compares with --out's runs"
+    p.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "ablations"], help=more)
     p.add_argument("--acdmd_steps", type=int, help="iterations of stage 1 (default: acdmd.py's)")
     p.add_argument("--rtdmd_epochs", type=int, help="epochs of stage 2 (default: rtdmd.py's)")
     p.add_argument(
@@ -99,12 +102,16 @@ def run_stage(script, args, folder, *flags):
     command += [str(ROOT / script), "--device", "cpu", *map(str, flags)]
     shown = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
     print(f"\n$ {shown} {script} --device cpu " + " ".join(map(str, flags)), flush=True)
-    stage = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    stage, stopped = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}), []
+    before = signal.signal(signal.SIGTERM, lambda *_: stopped.append(1) or stage.terminate())  # passed on: it saves
     try:
         stage.wait()
-    except KeyboardInterrupt:  # the terminal sent it to the stage too, which saves
-        stage.wait()
-        raise SystemExit("stopped; the same command goes on from here") from None
+    except KeyboardInterrupt:  # the terminal sent it to the stage too
+        stopped.append(stage.wait())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if stopped:
+        raise SystemExit("stopped; the same command goes on from here")
     if stage.returncode:
         raise models.UserError(f"{script} ended with status {stage.returncode}; its own message stands above")
     if not (folder / "final").is_dir():
@@ -178,6 +185,8 @@ def write_report(rows, metadata, args):
     by_name = {row["name"].split(",")[0]: row for row in rows}
     pairs = (("AC-DMD", "teacher 4 CPS steps"), ("RTDMD", "AC-DMD"), ("RTDMD", "teacher 28 steps guided"))
     lines += ["", *difference_table([(f"{a} − {b}", by_name[a], by_name[b]) for a, b in pairs])]
+    lines += ["", "samples.png: a green frame where the judge finds the prompt fulfilled (strict), else a red one."]
+    lines += ["curves.png: thin lines the values, within their 1% and 99% quantiles; thick ones running means."]
     write_table(args.out / "report", lines, rows)
 
 
@@ -306,9 +315,11 @@ def ablations(args):
             raise models.UserError(f"{folder} does not exist: run the stages acdmd and rtdmd first")
     for stage, length, asked in ((acdmd, "steps", args.acdmd_steps), (rtdmd, "epochs", args.rtdmd_epochs)):
         run = args.out / stage.__name__
-        was = json.loads((run / "args.json").read_text())[length]
-        if was != (asked or stage.PRESETS["classroom"][length]):  # like is compared with like
-            raise models.UserError(f"{run} has {was} {length}: add --{stage.__name__}_{length} {was}")
+        was = json.loads((run / "args.json").read_text())
+        if was[length] != (asked or stage.PRESETS["classroom"][length]):  # like is compared with like
+            raise models.UserError(f"{run} has {was[length]} {length}: add --{stage.__name__}_{length} {was[length]}")
+        if was["seed"] != args.seed:
+            raise models.UserError(f"{run} has seed {was['seed']}: add --seed {was['seed']}")
     roles = {"AC-DMD": ("acdmd",), "RTDMD": ("acdmd", "rtdmd")}
     for name, (script, flag, missing) in ABLATIONS.items():
         run = args.out / "ablations" / name

@@ -46,7 +46,8 @@ MAX_TOKENS = 14  # start token + at most 8 words + end token, and a tail of at l
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
+    options = dict(usage=argparse.SUPPRESS, formatter_class=models.Help, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
     p.add_argument("--stages", nargs="+", default=["vae", "clip", "teacher"], choices=["vae", "clip", "teacher"])
     p.add_argument("--out", type=Path, default=HERE, help="folder that receives teacher/ and clip/")
     p.add_argument("--vae_steps", type=int, default=1200, help="batches of 32 images")

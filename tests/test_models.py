@@ -199,6 +199,12 @@ def test_a_malicious_adapter_is_refused_and_does_not_run(backbone, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_equal_adapters_are_equal_files(backbone, tmp_path):
+    for i in range(8):
+        models.save_adapter(backbone.transformer, "generator", tmp_path / str(i))
+    assert len({(tmp_path / str(i) / models.LORA_FILE).read_bytes() for i in range(8)}) == 1
+
+
 @pytest.mark.parametrize("prefix", ("", "transformer."))
 @pytest.mark.parametrize("key", ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora"))
 def test_an_adapter_that_is_more_than_plain_lora_is_refused(backbone, tmp_path, prefix, key):

@@ -314,8 +314,17 @@ def test_sample_writes_scores_for_a_stack(distilled, tmp_path):
 def test_demo_from_start_to_report_and_ablations(tmp_path, monkeypatch):
     flags = ["--out", str(tmp_path), "--n_prompts", "12", "--acdmd_steps", "12", "--rtdmd_epochs", "3"]
     command = [sys.executable, "classroom/demo.py", *flags]
+    with (tmp_path / "stderr").open("w") as file:
+        first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=file)
+    while first.poll() is None and not (tmp_path / "rtdmd" / "log.jsonl").is_file():
+        time.sleep(0.1)
+    first.terminate()  # in stage 2, the demo alone: it has the stage save
+    assert first.wait() == 1, (tmp_path / "stderr").read_text()[-3000:]
+    assert (tmp_path / "stderr").read_text().endswith("stopped; the same command goes on from here\n")
+    assert list((tmp_path / "rtdmd").glob("step_*")) and not (tmp_path / "rtdmd/final").is_dir()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "nothing left to train" in done.stdout and "going on from step" in done.stdout
     text = (tmp_path / "report.md").read_text()
     assert all(name in text for name in ("teacher 28 steps guided | 56", "AC-DMD, 4 CPS steps | 4", "RTDMD − AC-DMD"))
     assert (tmp_path / "samples.png").stat().st_size > 10_000 and (tmp_path / "curves.png").stat().st_size > 5_000
@@ -350,6 +359,9 @@ def test_ablations_compare_like_with_like(distilled, tmp_path):
     (tmp_path / "rtdmd/final/rl_ema").mkdir(parents=True)
     with pytest.raises(models.UserError, match="/acdmd has 4 steps: add --acdmd_steps 4"):
         demo.main(demo.parse_args(["--out", str(tmp_path), "--stages", "ablations"]))
+    with pytest.raises(models.UserError, match="/acdmd has seed 0: add --seed 0"):
+        flags = ["--seed", "1", "--acdmd_steps", "4"]
+        demo.main(demo.parse_args(["--out", str(tmp_path), "--stages", "ablations", *flags]))
 
 
 def test_ablations_need_the_full_method_first(tmp_path):
