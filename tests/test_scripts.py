@@ -208,7 +208,7 @@ def test_a_reward_that_fails_late_is_named_and_costs_no_checkpoint(distilled, tm
 
 
 def test_sigterm_saves_and_the_resumed_log_is_the_uninterrupted_one(tmp_path):
-    flags = [*SMALL_1, "--steps", "60", "--log_every", "7", "--save_every", "1000", "--out"]
+    flags = [*SMALL_1, "--steps", "36", "--log_every", "7", "--save_every", "1000", "--out"]
     command = [sys.executable, "acdmd.py", *flags]
     whole = subprocess.run([*command, tmp_path / "a"], cwd=ROOT, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr[-2000:]
@@ -312,7 +312,7 @@ def test_sample_writes_scores_for_a_stack(distilled, tmp_path):
 
 
 def test_demo_from_start_to_report_and_ablations(tmp_path, monkeypatch):
-    flags = ["--out", str(tmp_path), "--n_prompts", "12", "--acdmd_steps", "12", "--rtdmd_epochs", "3"]
+    flags = ["--out", str(tmp_path), "--n_prompts", "12", "--acdmd_steps", "4", "--rtdmd_epochs", "2"]
     command = [sys.executable, "classroom/demo.py", *flags]
     with (tmp_path / "stderr").open("w") as file:
         first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=file)
