@@ -5,14 +5,16 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import bench_rewards
 import numpy as np
 import pytest
 import tiny_rewards
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 import models
 import rewards
@@ -354,30 +356,31 @@ def test_published_sizes_of_the_models_with_hub_configs():
     """Parameter counts from the published configs (rewards.SOURCES), as the checkpoints' sizes say."""
     import transformers as hub
 
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
-    text = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
-    text |= dict(intermediate_size=18944, vocab_size=151658, rope_parameters=rope)
-    vision = dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, patch_size=14, hidden_size=3584)
-    qwen2 = hub.Qwen2VLConfig(text_config=text, vision_config=vision)
-    text = dict(hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
-    text |= dict(intermediate_size=12288, vocab_size=151936)
-    vision = dict(depth=27, hidden_size=1152, num_heads=16, patch_size=16, out_hidden_size=4096)
-    vision |= dict(intermediate_size=4304, deepstack_visual_indexes=[8, 16, 24])
-    qwen3 = hub.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
-    swin = hub.SwinConfig(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7)
-    swin.out_features = ["stage1", "stage2", "stage3", "stage4"]
-    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
-    text = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    clip = hub.CLIPConfig(projection_dim=768, vision_config=vision, text_config=text)
-    for cls, config, want in (
-        (hub.Qwen2VLModel, qwen2, 8_288_465_408 - 151_658 * 3584),  # the published file has an lm_head too
-        (hub.Qwen3VLForConditionalGeneration, qwen3, 8_767_123_696),
-        (rewards.segmenter_class(), hub.Mask2FormerConfig(backbone_config=swin, num_labels=80), 68_741_083),
-        (CLIPModel, clip, 427_616_513),
-        (hub.PPOCRV5MobileDetForObjectDetection, hub.PPOCRV5MobileDetConfig(), 3_492_033),
+    for cls, folder, want in (
+        (hub.Qwen2VLModel, "qwen2vl", 8_288_465_408 - 151_658 * 3584),  # the published file has an lm_head too
+        (hub.Qwen3VLForConditionalGeneration, "qwen3vl", 8_767_123_696),
+        (rewards.segmenter_class(), "mask2former", 68_741_083),
+        (CLIPModel, "clip", 427_616_513),
+        (hub.PPOCRV5MobileDetForObjectDetection, "ocr_det", 3_492_033),
     ):
         with torch.device("meta"):
-            assert sum(p.numel() for p in cls(config).parameters()) == want, cls.__name__
+            assert sum(p.numel() for p in cls(bench_rewards.CONFIGS[folder]()).parameters()) == want, cls.__name__
+
+
+def test_bench_runs_every_scorer(folder, monkeypatch, capsys, tmp_path):
+    """The same code on the small configs, through the same made-up files."""
+    configs = {name: lambda name=name: AutoConfig.from_pretrained(folder / name) for name in bench_rewards.CONFIGS}
+    monkeypatch.setattr(bench_rewards, "CONFIGS", configs)
+    monkeypatch.setattr(rewards, "Weights", rewards.Weights)  # taken back afterwards
+    names = list(dict.fromkeys(scorer.columns[0] for scorer in rewards.SCORERS.values()))
+    flags = dict(device="cpu", batch_size=2, resolution=64, repeat=1, out=tmp_path / "rows.jsonl")
+    bench_rewards.main(SimpleNamespace(rewards=",".join(names), **flags))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["reward"] for row in rows] == names and len(names) == 9
+    assert all(row["parameters"] > 0 and row["images_per_s"] > 0 for row in rows)
+    differentiable = {row["reward"] for row in rows if row["images_per_s_gradient"]}
+    assert differentiable == {"pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward"}
+    assert "geneval2" in capsys.readouterr().out
 
 
 def damage(path, change):
