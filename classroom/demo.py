@@ -6,7 +6,7 @@ Runs acdmd.py and rtdmd.py (the commands are printed), then samples on the same 
 teacher with 28 guided steps, the teacher with 4 (Euler, and CPS as the students), AC-DMD with 4, RTDMD with 4.
 Writes report.md, samples.png and curves.png to --out.
 
-    python classroom/demo.py --stages ablations                          about 70 minutes more
+    python classroom/demo.py --stages ablations                          about 75 minutes more
 
 trains each stage again without one part of the method, and writes to ablations.md what that costs.
 """
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     p.add_argument("--out", type=Path, default=Path("out/classroom"), help="folder of both runs and the report")
     p.add_argument("--seed", type=int, default=0, help="of both trainings; the evaluation is fixed")
     stages = ["acdmd", "rtdmd", "report"]
-    more = "ablations: train both stages again without one part at a time, about 70 minutes; compares with --out's runs"
+    more = "ablations: train both stages again without one part at a time, about 75 minutes; compares with --out's runs"
     p.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "ablations"], help=more)
     p.add_argument("--acdmd_steps", type=int, help="iterations of stage 1 (default: acdmd.py's)")
     p.add_argument("--rtdmd_epochs", type=int, help="epochs of stage 2 (default: rtdmd.py's)")
@@ -198,7 +198,7 @@ def write_ablations(rows, metadata, args):
     for script, flag, missing in ABLATIONS.values():
         full = "AC-DMD" if script == "acdmd.py" else "RTDMD"
         pairs.append((f"{full} `{flag}`: {missing}", by_name[f"{full}, {missing}"], by_name[full]))
-    lines += ["", "Without the part, less the full method; one training run each:", "", *difference_table(pairs)]
+    lines += ["", "Without the part, minus the full method; one training run each:", "", *difference_table(pairs)]
     write_table(args.out / "ablations", lines, rows)
 
 

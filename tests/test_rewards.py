@@ -362,6 +362,7 @@ def test_published_sizes_of_the_models_with_hub_configs():
         (rewards.segmenter_class(), "mask2former", 68_741_083),
         (CLIPModel, "clip", 427_616_513),
         (hub.PPOCRV5MobileDetForObjectDetection, "ocr_det", 3_492_033),
+        (hub.PPOCRV5MobileRecForTextRecognition, "ocr_rec", 7_781_211),
     ):
         with torch.device("meta"):
             assert sum(p.numel() for p in cls(bench_rewards.CONFIGS[folder]()).parameters()) == want, cls.__name__

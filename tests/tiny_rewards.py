@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import bench_rewards
 import torch
 from safetensors.torch import save_file
 from transformers import (
@@ -12,7 +13,6 @@ from transformers import (
     Mask2FormerConfig,
     PPOCRV5MobileDetConfig,
     PPOCRV5MobileDetForObjectDetection,
-    PPOCRV5MobileRecConfig,
     PPOCRV5MobileRecForTextRecognition,
     Qwen2Tokenizer,
     Qwen2VLConfig,
@@ -204,16 +204,9 @@ def write_qwen(folder):
 def write_ocr(folder):
     detector = PPOCRV5MobileDetForObjectDetection(PPOCRV5MobileDetConfig())
     detector.save_pretrained(folder / "ocr_det")
-    blocks = [
-        [[3, 16, 32, 1, False]],
-        [[3, 32, 64, 1, False], [3, 64, 64, 1, False]],
-        [[3, 64, 128, [2, 1], False], [3, 128, 128, 1, False]],
-        [[3, 128, 256, [1, 2], False], [5, 256, 256, 1, False]],
-        [[5, 256, 512, [2, 1], True], [5, 512, 512, 1, True], [5, 512, 512, [2, 1], False], [5, 512, 512, 1, False]],
-    ]
-    backbone = dict(model_type="pp_lcnet_v3", scale=0.95, block_configs=blocks, out_features=["stage5"])
     characters = ["blank", *"0123456789abcdefghijklmnopqrstuvwxyz", " "]
-    config = PPOCRV5MobileRecConfig(backbone_config=backbone, head_out_channels=len(characters))
+    config = bench_rewards.ocr_rec_config()
+    config.head_out_channels = len(characters)
     PPOCRV5MobileRecForTextRecognition(config).save_pretrained(folder / "ocr_rec")
     (folder / "ocr_rec" / "preprocessor_config.json").write_text(json.dumps({"character_list": characters}))
 
