@@ -177,7 +177,7 @@ def difference_table(pairs):
     return lines
 
 
-def write_report(rows, metadata, args):
+def write_report(rows, metadata, args, curves):
     lines = [f"# Teacher, AC-DMD, RTDMD: {len(metadata)} held-out prompts, same seeds", ""]
     lines += score_table(rows, metadata)
     lines += ["", "± is the standard error by bootstrap over prompts; task columns are strict. Diversity: mean pixel"]
@@ -186,7 +186,8 @@ def write_report(rows, metadata, args):
     pairs = (("AC-DMD", "teacher 4 CPS steps"), ("RTDMD", "AC-DMD"), ("RTDMD", "teacher 28 steps guided"))
     lines += ["", *difference_table([(f"{a} − {b}", by_name[a], by_name[b]) for a, b in pairs])]
     lines += ["", "samples.png: a green frame where the judge finds the prompt fulfilled (strict), else a red one."]
-    lines += ["curves.png: thin lines the values, within their 1% and 99% quantiles; thick ones running means."]
+    drawn = "curves.png: thin lines the values, within their 1% and 99% quantiles; thick ones running means."
+    lines += [drawn if curves else "No curves: the adapters came without a log, or with one of fewer than two lines."]
     write_table(args.out / "report", lines, rows)
 
 
@@ -239,14 +240,22 @@ def draw_samples(rows, metadata, path, n=12, zoom=2):
 
 
 def draw_curves(runs, path, width=420, height=230):
-    """Curves of the log files: one panel a metric, thin line the values, thick line their running mean."""
+    """Curves of the log files: one panel a metric, thin line the values, thick line their running mean.
+
+    runs: [(title, log file, metrics)]. Files that are not there and metrics with one value are left out; returns
+    whether anything was left to draw.
+    """
     panels = []
     for title, file, names in runs:
+        if not file.is_file():  # adapters from elsewhere may come without
+            continue
         log = [json.loads(line) for line in file.read_text().splitlines()]
         for name in names:
             points = [(row["step"], row[name]) for row in log if name in row]
             if len(points) > 1:
                 panels.append((f"{title}: {name}", *np.array(points).T))
+    if not panels:
+        return False
     columns = 4
     sheet = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
     ink = ImageDraw.Draw(sheet)
@@ -267,6 +276,7 @@ def draw_curves(runs, path, width=420, height=230):
         ink.text((x0 - 58, y0 - 4), f"{high:.3g}", "black"), ink.text((x0 - 58, y0 + h - 10), f"{low:.3g}", "black")
         ink.text((x0, y0 + h + 4), f"{x[0]:.0f}", "black"), ink.text((x0 + w - 30, y0 + h + 4), f"{x[-1]:.0f}", "black")
     sheet.save(path)
+    return True
 
 
 STAGE_1 = [f"loss/ac_k{k}" for k in (1, 2, 3, 4)] + [f"loss/generator_k{k}" for k in (1, 4)]
@@ -298,13 +308,11 @@ def report(args):
         ("RTDMD, 4 CPS steps", "rtdmd", few, 0.9, 1.0),
     ]
     rows = [evaluate(backbone, scorers, metadata, *sampler) for sampler in samplers]
-    write_report(rows, metadata, args)
     draw_samples([r for r in rows if "Euler" not in r["name"]], metadata, args.out / "samples.png")
     logs = [("AC-DMD", args.distilled.parent / "log.jsonl", STAGE_1), ("RTDMD", args.rl.parent / "log.jsonl", STAGE_2)]
-    logs = [log for log in logs if log[1].is_file()]
-    if logs:  # adapters from elsewhere may come without
-        draw_curves(logs, args.out / "curves.png")
-    return ["report.md", "samples.png"] + (["curves.png"] if logs else [])
+    curves = draw_curves(logs, args.out / "curves.png")
+    write_report(rows, metadata, args, curves)
+    return ["report.md", "samples.png"] + (["curves.png"] if curves else [])
 
 
 def ablations(args):

@@ -343,6 +343,18 @@ def test_demo_from_start_to_report_and_ablations(tmp_path, monkeypatch):
         assert json.loads((tmp_path / "ablations" / run / "args.json").read_text())[name] == value
 
 
+def test_curves_are_drawn_of_what_there_is(tmp_path):
+    file, png = tmp_path / "log.jsonl", tmp_path / "curves.png"
+    for rows, drawn in (
+        (None, False),
+        ([{"step": 1, "a": 1.0}], False),
+        ([{"step": 1, "a": 1}, {"step": 2, "a": 2}], True),
+    ):
+        if rows:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert demo.draw_curves([("run", file, ["a", "b"])], png) == png.is_file() == drawn
+
+
 def test_color_entropy_is_0_for_one_color_and_1_for_all():
     from classroom import shapes
 
