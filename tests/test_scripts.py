@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -84,20 +85,23 @@ SHARDED = {  # run name -> flags
 }
 
 
-def test_two_processes_equal_one_in_every_shard_mode(distilled, tmp_path):
+def test_two_processes_equal_one_in_every_shard_mode(distilled, tmp_path, monkeypatch):
     """Both stages on the same global batch; runs saved by two processes go on as one, and the reverse, up to rounding;
-    and those that go on as two to the last digit."""
+    and those that go on as two to the last digit. Adam divides a gradient by its own size, one of rounding size too:
+    its epsilon of 1e-8 leaves single entries 1.3e-5 apart, that of 1e-5 none."""
+    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-5))
     first = [*SMALL_1, "--save_every", "1", "--steps"]
     second = [*SMALL_2, "--save_every", "1", "--group_size", "8", "--distilled", str(distilled / "final"), "--epochs"]
     for main, flags, name in ((acdmd, first, "acdmd"), (rtdmd, second, "rtdmd")):  # groups span both processes
-        run = [*flags, "2", "--consistency_batch", "4", "--out", str(tmp_path / name / "one")]
+        run = [*flags, "3", "--consistency_batch", "4", "--out", str(tmp_path / name / "one")]
         main.main(main.parse_args(run))
     half = ["--batch_size", "2", "--consistency_batch", "2"]
-    (tmp_path / "runs.json").write_text(json.dumps({"first": [*first, "2", *half], "second": [*second, "2", *half]}))
+    (tmp_path / "runs.json").write_text(json.dumps({"first": [*first, "3", *half], "second": [*second, "3", *half]}))
     script = f"""
-import json, sys
+import functools, json, sys, torch
 sys.path[:0] = [{str(ROOT)!r}]
 import acdmd, models, rtdmd
+torch.optim.AdamW = functools.partial(torch.optim.AdamW, eps=1e-5)
 runs, out = json.load(open("runs.json")), {str(tmp_path)!r}
 for name, more in {SHARDED!r}.items():
     acdmd.main(acdmd.parse_args([*runs["first"], *more, "--out", f"{{out}}/acdmd/{{name}}"]))
@@ -105,7 +109,7 @@ for name, more in {SHARDED!r}.items():
 models.dist.barrier()  # rank 0 has saved
 for stage, run, name in ((acdmd, "first", "acdmd"), (rtdmd, "second", "rtdmd")):
     for start, mode, end in (("one", "full", "continued"), ("none", "none", "exact")):
-        resume = ["--resume", f"{{out}}/{{name}}/{{start}}/step_000001", "--out", f"{{out}}/{{name}}/{{end}}"]
+        resume = ["--resume", f"{{out}}/{{name}}/{{start}}/step_000002", "--out", f"{{out}}/{{name}}/{{end}}"]
         stage.main(stage.parse_args([*runs[run], *resume, "--shard", mode]))
 sparse = [*runs["first"], "--steps", "4", "--log_every", "2", "--save_every", "4", "--out"]
 acdmd.main(acdmd.parse_args([*sparse, f"{{out}}/acdmd/whole"]))
@@ -124,35 +128,26 @@ acdmd.main(acdmd.parse_args([*sparse, f"{{out}}/acdmd/stopped", "--resume", f"{{
         for mode in SHARDED:
             close_adapters(tmp_path / name / "one/final", tmp_path / name / mode / "final")
         same_adapters(tmp_path / name / "none/final", tmp_path / name / "exact/final")
-        assert log(tmp_path / name / "exact") == log(tmp_path / name / "none")[1:]
+        assert log(tmp_path / name / "exact") == log(tmp_path / name / "none")[2:]
     whole, stopped = (log(tmp_path / "acdmd" / name) for name in ("whole", "stopped"))
     assert [row["step"] for row in stopped] == [2, 4] and "loss/cons" in stopped[1]
     for one, two in zip(whole, stopped, strict=True):
         assert one == pytest.approx(two, rel=1e-5)
     for main, flags, name in ((acdmd, first, "acdmd"), (rtdmd, second, "rtdmd")):
-        resumed = ["--resume", str(tmp_path / name / "full/step_000001"), "--out", str(tmp_path / name / "resumed")]
-        main.main(main.parse_args([*flags, "2", "--consistency_batch", "4", *resumed]))
+        resumed = ["--resume", str(tmp_path / name / "full/step_000002"), "--out", str(tmp_path / name / "resumed")]
+        main.main(main.parse_args([*flags, "3", "--consistency_batch", "4", *resumed]))
         for out in ("resumed", "continued"):
-            close_adapters(tmp_path / name / "one/final", tmp_path / name / out / "final", rows=slice(1, None))
+            close_adapters(tmp_path / name / "one/final", tmp_path / name / out / "final", rows=slice(2, None))
 
 
 def close_adapters(a, b, rows=slice(None)):
-    """Equal up to rounding. Adam divides a gradient by its own size, so one of rounding size may step anywhere
-    (measured: 2 of 512 entries of one tensor); its first moments must agree to 2e-4 of the largest (measured: 6e-5)."""
     files = list(a.glob("*/*.safetensors"))
     assert len(files) == 3
     for file in files:
         one, two = models.load_file(file), models.load_file(b / file.relative_to(a))
-        for key in one:
-            far = (one[key] - two[key]).abs() > 1e-5 + 1e-4 * one[key].abs()
-            assert far.float().mean() <= 0.01, (file, key)
-    one, two = (torch.load(folder / "state.pt", weights_only=True) for folder in (a, b))
-    for name in ("optimizer", "optimizer_fake"):
-        pairs = [(p["exp_avg"], two[name]["state"][i]["exp_avg"]) for i, p in one[name]["state"].items()]
-        largest = max(p.abs().max() for p, _ in pairs)
-        assert largest > 0 and max((p - q).abs().max() for p, q in pairs) <= 2e-4 * largest
+        assert all((one[key] - two[key]).abs().max() <= 1e-5 for key in one), file
     for one, two in zip(log(a.parent)[rows], log(b.parent), strict=True):
-        assert one == pytest.approx(two, rel=2e-3, abs=1e-5)
+        assert one == pytest.approx(two, rel=1e-5, abs=1e-5)
 
 
 def test_a_used_folder_is_gone_on_with_or_refused(distilled, tmp_path, capsys):
