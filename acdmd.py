@@ -88,7 +88,7 @@ def parse_args(argv=None):
     add("--consistency_batch", type=int, help="L_cons on so many samples of each process's batch (default: all)")
     add("--plain_dmd", action="store_true", help="ablation: match x0_hat of every step at s = 0, no sub-intervals")
     add("--ema_decay", type=float, default=0.99, help="paper: 0.99, every iteration")
-    add("--log_every", type=int, default=10, help="iterations")
+    add("--log_every", type=int, default=10, help="iterations whose log lines are written together: one device sync")
     add("--skip_nonfinite", type=int, default=0, help="gradients in a row that may be not finite and are skipped")
     add("--sample_every", type=int, default=500, help="iterations between sample grids; 0: none")
     add("--save_every", type=int, default=500, help="iterations between checkpoints")
@@ -290,7 +290,6 @@ def main(args):
         if rank == 0:
             state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
             state["skipped"] = (patience.in_a_row, patience.total)
-            state["window"] = {name: [(at, float(v)) for at, v in values] for name, values in window.items()}
             models.save_checkpoint(args.out, step, home, state, args, __file__, final=final)
 
     def batch_for(step, use):
@@ -300,11 +299,8 @@ def main(args):
         picks = torch.randint(len(prompts), (batch,), generator=g)[indices.start : indices.stop]
         return backbone.encode([prompts[i] for i in picks]), k, (args.seed, step, use)
 
-    # metrics since the last log line; the checkpoint of a stop between two lines holds them
-    window = (state or {}).get("window", {})
-    window = {name: [(at, torch.tensor(v, device=device)) for at, v in values] for name, values in window.items()}
     patience = models.Patience(args.skip_nonfinite, args.out, *(state or {}).get("skipped", ()))
-    last_step, last_log = start, time.perf_counter()
+    pending, shown, last_log = [], {}, time.perf_counter()  # rows of the log whose values are still on the device
     bar = tqdm(range(start, args.steps), "AC-DMD", initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
         lr_scale = min(1.0, (args.steps - step) / (args.lr_decay * args.steps)) if args.lr_decay else 1.0
@@ -332,26 +328,24 @@ def main(args):
         ema.update(step)
 
         # log, sample, save
-        for name, value in row.items():
-            window.setdefault(name, []).append((step + 1, value.detach()))
+        facts = {"step": step + 1, "lr": lr_scale * args.lr, "skipped": patience.total}
+        pending.append((facts, {name: value.detach() for name, value in row.items()}))
         stopped = stop.agreed(world_size)
-        saving = (step + 1) % args.save_every == 0 or step + 1 == args.steps
+        saving = (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopped
         if saving or (step + 1) % args.log_every == 0:
-            means = checked_means(window, step + 1, world_size, args.out)
-            steps = step + 1 - last_step
-            pace = models.speed(backbone, time.perf_counter() - last_log, steps, batch * steps)
-            last_step, last_log = step + 1, time.perf_counter()
-            log.write(step=step + 1, **means, lr=lr_scale * args.lr, skipped=patience.total, **pace)
-            brief = {name: v for name, v in means.items() if name in ("grad_norm/generator", "loss/cons")}
-            bar.set_postfix({name: f"{v:.3g}" for name, v in brief.items()})
-            window = {}
+            rows = models.rows_over_ranks([row for _, row in pending], world_size)
+            pace = models.speed(backbone, time.perf_counter() - last_log, len(rows), batch * len(rows))
+            last_log = time.perf_counter()
+            for (facts, _), row in zip(pending, rows, strict=True):
+                models.check_finite(row, facts["step"], args.out)
+                log.write(**facts, **row, **pace)
+                shown |= {name: f"{v:.3g}" for name, v in row.items() if name in ("grad_norm/generator", "loss/cons")}
+            bar.set_postfix(shown)
+            pending = []
         paused = time.perf_counter()
         if args.sample_every and ((step + 1) % args.sample_every == 0 or step == 0):
             models.sample_grid(backbone, prompts[:16], sigmas, args, rank, f"step_{step + 1:06d}.png")
-        if stopped:  # the steps since the last log line go into the checkpoint
-            checked_means(window, step + 1, world_size, args.out)
-            window = mean_window(window, world_size)
-        if saving or stopped:
+        if saving:
             checkpoint(step + 1)
         if stopped:
             say(f"\nstopped after step {step + 1}; go on with the same command and --resume {args.out}")
@@ -359,21 +353,6 @@ def main(args):
         last_log += time.perf_counter() - paused  # grids and checkpoints are no part of the training's pace
     checkpoint(args.steps, final=True)
     say(f"done: {args.out}/final/generator_ema")
-
-
-def checked_means(window, step, world_size, out):
-    """{name: mean} over the steps since the last log line and over ranks; a value that is not finite ends the run."""
-    means = {name: torch.stack([v for _, v in values]).mean() for name, values in sorted(window.items())}
-    means = models.mean_over_ranks(means, world_size)
-    models.check_finite(means, step, out, window)
-    return means
-
-
-def mean_window(window, world_size):
-    """The window averaged over ranks: whoever goes on with it logs what an uninterrupted run would have."""
-    values = {(name, at): value for name, pairs in sorted(window.items()) for at, value in pairs}
-    means = models.mean_over_ranks(values, world_size)
-    return {name: [(at, means[name, at]) for at, _ in pairs] for name, pairs in window.items()}
 
 
 if __name__ == "__main__":

@@ -998,29 +998,24 @@ def stop_nonfinite(step, term, out):
     raise SystemExit(f"step {step}: {term} is not finite; nothing was saved from here on. Checkpoints: {out}/step_*")
 
 
-def mean_over_ranks(row, world_size):
-    """{name: scalar tensor} -> {name: float}, averaged over ranks: the one device sync of a log line."""
-    if not row:
-        return {}
-    values = torch.stack([value.detach().float() for value in row.values()])
+def rows_over_ranks(rows, world_size):
+    """[{name: scalar tensor}] -> [{name: float}], averaged over ranks, all rows in one device sync."""
+    values = [value.detach().float() for row in rows for value in row.values()]
+    if not values:
+        return [{} for _ in rows]
+    values = torch.stack(values)
     if world_size > 1:
         dist.all_reduce(values)
         values /= world_size
-    return dict(zip(row, values.tolist(), strict=True))
+    values = iter(values.tolist())
+    return [{name: next(values) for name in row} for row in rows]
 
 
-def check_finite(means, step, out, window=None):
-    """Stop the run if a logged value is not finite, naming what follows from others, as the generator's, last.
-
-    window: {name: [(step, value), ...]} behind the means, to name the step too.
-    """
-    bad = sorted(
-        (n for n, v in means.items() if not math.isfinite(v)),
-        key=lambda n: ("generator" in n, not n.startswith("loss")),
-    )
+def check_finite(row, step, out):
+    """Stop the run if a logged value is not finite, naming what follows from others, as the generator's, last."""
+    bad = [name for name, value in row.items() if not math.isfinite(value)]
     if bad:
-        steps = [at for at, value in (window or {}).get(bad[0], ()) if not math.isfinite(value)]
-        stop_nonfinite(min(steps, default=step), bad[0], out)
+        stop_nonfinite(step, min(bad, key=lambda name: ("generator" in name, not name.startswith("loss"))), out)
 
 
 def gather(objects, world_size):

@@ -526,7 +526,7 @@ def main(args):
         ema.update(epoch + 1)  # NOTE(paper): the release updates it once a micro-batch
 
         # log, sample, save
-        row = models.mean_over_ranks(sums, world_size)
+        row = models.rows_over_ranks([sums], world_size)[0]
         models.check_finite(row, epoch + 1, args.out)
         row |= {f"reward/{name}": r.mean().item() for name, r in scores.items()}
         seconds = time.perf_counter() - began
