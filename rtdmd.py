@@ -468,7 +468,7 @@ def main(args):
         scores = {name: torch.tensor(models.gather(r.tolist(), world_size)) for name, r in scores.items()}
         advantages = group_advantages(scores, all_prompts, args.rewards)[mine.start : mine.stop]
         signal = informative(scores, all_prompts, args.rewards)
-        signal = signal if signal.any() else torch.ones_like(signal)
+        signal = signal if signal.any() else torch.ones_like(signal)  # none: every advantage is 0 then
         n_signal, signal = int(signal.sum()), signal[mine.start : mine.stop]
         sampled = time.perf_counter()
 
@@ -488,16 +488,17 @@ def main(args):
         taken = dict(sums)
 
         # 5) generator
-        g = seeded(args.seed, epoch, rank, "order")
-        order = torch.randperm(per_rank, generator=g)
+        order = torch.randperm(per_rank, generator=seeded(args.seed, epoch, rank, "order"))
         policy_order = order[signal[order]]  # images of groups without signal leave the policy term
-        steps = len(chosen) + 1  # gradients are averaged over images and these steps
+        steps = len(chosen) + 1  # the loss is a mean over images and these steps
         if args.policy_weight:  # a rank without signal still reports
             sums |= dict.fromkeys(("loss/policy", "ratio_drift", "clip_fraction"), torch.zeros((), device=device))
         for part in policy_order.tensor_split(args.batches) if args.policy_weight else ():
             # chosen steps: policy gradient
-            share = len(part) * world_size / n_signal  # of all images with signal; ranks are averaged later
-            part = part if len(part) else order[:1]  # sharded networks must run equally often on every rank
+            # policy_loss is a mean over part, wanted is one over the n_signal images of all ranks, whose gradients are
+            # averaged later. No part: share 0 of any image, as sharded networks must run equally often on every rank
+            share = len(part) * world_size / n_signal
+            part = part if len(part) else order[:1]
             texts, old = [prompts[i] for i in part], {j: old_log_prob[j][part] for j in chosen}
             weight = args.policy_weight * share / steps
             values = policy_gradient(backbone, texts, sigmas, states[part], old, advantages[part], weight, args)
