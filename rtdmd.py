@@ -467,9 +467,7 @@ def main(args):
         scores = {name: torch.cat([r[name] for _, _, r in parts]) for name in args.rewards}
         scores = {name: torch.tensor(models.gather(r.tolist(), world_size)) for name, r in scores.items()}
         advantages = group_advantages(scores, all_prompts, args.rewards)[mine.start : mine.stop]
-        signal = informative(scores, all_prompts, args.rewards)
-        signal = signal if signal.any() else torch.ones_like(signal)  # none: every advantage is 0 then
-        n_signal, signal = int(signal.sum()), signal[mine.start : mine.stop]
+        n_signal = int(informative(scores, all_prompts, args.rewards).sum())
         sampled = time.perf_counter()
 
         # 4) fake score, on the finished samples
@@ -489,20 +487,14 @@ def main(args):
 
         # 5) generator
         order = torch.randperm(per_rank, generator=seeded(args.seed, epoch, rank, "order"))
-        policy_order = order[signal[order]]  # images of groups without signal leave the policy term
         steps = len(chosen) + 1  # the loss is a mean over images and these steps
-        if args.policy_weight:  # a rank without signal still reports
-            sums |= dict.fromkeys(("loss/policy", "ratio_drift", "clip_fraction"), torch.zeros((), device=device))
-        for part in policy_order.tensor_split(args.batches) if args.policy_weight else ():
-            # chosen steps: policy gradient
-            # policy_loss is a mean over part, wanted is one over the n_signal images of all ranks, whose gradients are
-            # averaged later. No part: share 0 of any image, as sharded networks must run equally often on every rank
-            share = len(part) * world_size / n_signal
-            part = part if len(part) else order[:1]
+        for part in order.split(args.batch_size) if args.policy_weight else ():
+            # chosen steps: policy gradient. Images of a group without signal have advantage 0 and do not count
+            share = len(part) * world_size / max(1, n_signal)  # ranks are averaged later
             texts, old = [prompts[i] for i in part], {j: old_log_prob[j][part] for j in chosen}
             weight = args.policy_weight * share / steps
             values = policy_gradient(backbone, texts, sigmas, states[part], old, advantages[part], weight, args)
-            add_to(sums, {name: share * value for name, value in values.items()}, 1)
+            add_to(sums, values, args.batches)
         if args.policy_weight:
             models.average_gradients(generator, world_size)  # for this norm; an average stays what it is below
             sums["grad_norm/policy"] = torch.nn.utils.get_total_norm([p.grad for p in generator])

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: training, resuming, sampling, and what bad input gets."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -261,6 +262,31 @@ def test_ablations_of_stage_2(distilled, tmp_path, flags, absent, monkeypatch):
     assert len(chosen) == 1 and len(chosen[0]) == (3 if "--n_chosen" in flags else 2)
     assert not set(absent) & rows[0].keys()
     assert (rows[0].get("grad_x0/bp", 0) == 0) == ("--bp_weight" in flags)
+
+
+def test_groups_without_signal_do_not_count(distilled, tmp_path, monkeypatch):
+    """Where one of two groups is flat, the policy gradient is the mean over the images of the other one."""
+    norms, flat = {}, torch.arange(8) < 4  # pick_prompts gives the groups in order
+    advantages = rtdmd.group_advantages
+    monkeypatch.setattr(rtdmd, "group_advantages", lambda *args: advantages(*args).masked_fill(flat, 0.0))
+    flags = "--epochs 1 --batches 2 --batch_size 4 --group_size 4 --dm_weight 0 --bp_weight 0".split()
+    for name, some in (("all", torch.ones_like(flat)), ("half", ~flat), ("none", torch.zeros_like(flat))):
+        monkeypatch.setattr(rtdmd, "informative", lambda *args, some=some: some)
+        norms[name] = stage_2(tmp_path / name, distilled / "final", *flags)[0]["grad_norm/policy"]
+    assert norms["half"] == pytest.approx(2 * norms["all"], rel=1e-4) and 0 < norms["none"] < math.inf
+
+
+def test_steps_that_are_not_trained_share_their_noise_in_a_group(monkeypatch):
+    backbone, args = models.load("classroom"), rtdmd.parse_args(["--distilled", str(ROOT / "classroom/adapters/acdmd")])
+    scorers = rewards.load_scorers({"clipscore": 1.0}, "cpu", models.CLASSROOM)
+    noises, step = [], rtdmd.cps_step
+    monkeypatch.setattr(rtdmd, "cps_step", lambda *call: noises.append(call[-1]) or step(*call))
+    prompts, sigmas = ["a circle"] * 3 + ["a cross"], backbone.sigmas()
+    states, log_probs, _ = rtdmd.sample(backbone, scorers, prompts, [{}] * 4, sigmas, [0, 2], args, range(4), 0)
+    assert sorted(log_probs) == [0, 2] and states.shape == (4, 5, *backbone.latent_shape)
+    for j, rows in enumerate(noises[:3]):
+        same = [torch.equal(rows[0], row) for row in rows]
+        assert same == ([True] * 3 + [False] if j == 1 else [True] + [False] * 3)
 
 
 def test_plain_dmd_matches_every_step_at_0():
