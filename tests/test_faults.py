@@ -184,6 +184,19 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(run):
     resume(run)
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(run, monkeypatch):
+    flushed, renamed, rename, fsync = set(), [], Path.rename, models.os.fsync
+
+    def spied_rename(aside, target):
+        renamed.append((set(flushed), {path.stat().st_ino for path in [*aside.rglob("*"), aside]}))
+        return rename(aside, target)
+
+    monkeypatch.setattr(models.os, "fsync", lambda file: flushed.add(models.os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(Path, "rename", spied_rename)
+    resume(run)
+    assert renamed and all(len(files) > 8 and files <= done for done, files in renamed)
+
+
 def test_a_log_on_a_full_disk_is_named(run):
     """/dev/full answers every write with ENOSPC."""
     before = {path: path.read_bytes() for path in (run / "step_000002").rglob("*") if path.is_file()}
