@@ -145,6 +145,38 @@ def test_clip_scores(folder, images, name, resample):
     assert (rewards.normalize(ours) - pixels).abs().mean() < 0.006
 
 
+@pytest.mark.parametrize("name", ("clipscore", "pickscore", "aesthetic", "imagereward", "hpsv2"))
+def test_pictures_are_prepared_as_pil_would_with_the_published_filter(folder, monkeypatch, name):
+    """On noise, where filters differ most: ours is near PIL's own and far from the other one."""
+    images = torch.rand(2, 3, 100, 140, generator=torch.Generator().manual_seed(3))
+    scorer, seen = one(name, folder), []
+    target, attribute = (scorer.vision, "forward") if name == "imagereward" else (scorer.clip, "image")
+    call = getattr(target, attribute)
+    monkeypatch.setattr(target, attribute, lambda pixels, *args, **kw: seen.append(pixels) or call(pixels, *args, **kw))
+    scorer(images, PROMPTS[:2])
+    size, gaps = seen[0].shape[-1], []
+    for resample in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC):
+        if name == "hpsv2":  # longest side, black borders
+            pictures = [Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()) for x in images]
+            small = [np.array(x.resize((size, round(size * 100 / 140)), resample)) for x in pictures]
+            rows = size - len(small[0])
+            small = [np.pad(x, ((rows // 2, rows - rows // 2), (0, 0), (0, 0))) for x in small]
+            want = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2) / 255
+        else:
+            want = torch.stack([pil_crop(x, size, resample) for x in images])
+        gaps.append((seen[0] - rewards.normalize(want)).abs().mean().item())
+    right, wrong = gaps if name == "clipscore" else gaps[::-1]
+    assert right < 0.03 and wrong > 3 * right, gaps
+
+
+def test_hpsv2_cleans_its_prompts(folder, monkeypatch):
+    scorer, seen = one("hpsv2", folder), []
+    text = scorer.clip.text
+    monkeypatch.setattr(scorer.clip, "text", lambda prompts: seen.extend(prompts) or text(prompts))
+    scorer(torch.rand(2, 3, 32, 32), ["“cats” &amp;amp; dogs", "a  ＤＯＧ‘s\nbowl"])
+    assert seen == ['"cats" & dogs', "a  DOG's\nbowl"]  # the tokenizer takes all white space alike
+
+
 def test_aesthetic_is_the_published_stack_of_linear_layers(folder, images):
     state = torch.load(folder / "aesthetic/sac+logos+ava1-l14-linearMSE.pth", weights_only=True)
     scorer = one("aesthetic", folder)
@@ -224,7 +256,8 @@ def qwen_inputs(folder, name, image, text, patch, mean, std):
 def test_hpsv3_reads_its_published_naming_and_uses_plain_positions(folder, monkeypatch):
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    monkeypatch.setattr(rewards, "smart_resize", lambda *size, **limits: (56, 84))
+    seen = []
+    monkeypatch.setattr(rewards, "smart_resize", lambda *size, **limits: seen.append((size, limits)) or (56, 84))
     images = torch.randint(0, 256, (3, 3, 56, 84), generator=torch.Generator().manual_seed(1)) / 255
     state = models.load_file(folder / "hpsv3/HPSv3.safetensors")
     head = {k: state.pop(k) for k in list(state) if k.startswith("rm_head.")}
@@ -250,6 +283,7 @@ def test_hpsv3_reads_its_published_naming_and_uses_plain_positions(folder, monke
             x = F.linear(x if i == 0 else x.relu(), head[f"rm_head.{i}.weight"], head[f"rm_head.{i}.bias"])
         want.append(x[0])
     got = rewards.load_scorers({"hpsv3": 1.0}, "cpu", folder).score(images, PROMPTS)["hpsv3"]
+    assert seen == [((56, 84), dict(factor=28, least=448**2, most=448**2))]
     torch.testing.assert_close(got, torch.stack(want), **TIGHT)
     assert got.std() > 1e-3
 
@@ -266,6 +300,15 @@ def test_hpsv3_picture_size(given, want):
 @pytest.mark.parametrize("given, want", (((512, 512), (512, 512)), ((64, 64), (256, 256)), ((100, 300), (160, 448))))
 def test_geneval2_picture_size(given, want):
     assert rewards.smart_resize(*given, 32, 256**2, 4096**2) == want
+
+
+def test_geneval2_asks_for_that_size(folder, monkeypatch):
+    seen, resize = [], rewards.smart_resize
+    monkeypatch.setattr(
+        rewards, "smart_resize", lambda *size, **limits: seen.append((size, limits)) or resize(*size, **limits)
+    )
+    one("geneval2", folder)(torch.rand(1, 3, 40, 60), ["cats"], [{"vqa_list": QUESTIONS[0]}])
+    assert seen == [((40, 60, 32), dict(least=256**2, most=4096**2))]
 
 
 def test_hpsv3_instruction_is_the_published_one():
@@ -802,14 +845,15 @@ def test_ocr_end_to_end(folder, images):
 
     class Detector(torch.nn.Module):
         def forward(self, pixels):
-            assert pixels.shape == (1, 3, 64, 96)
+            assert pixels.shape == (1, 3, 64, 96)  # blue, green, red, with the statistics of red, green, blue
+            assert (pixels[0, 0] > 2.2).all() and (pixels[0, 1:] < -1.7).all()
             answer = torch.from_numpy(np.maximum.reduce(maps))[None, None]
             return type("Output", (), {"last_hidden_state": answer})
 
     scorer.detector = Detector()
     lines = iter([("open", 0.9), ("doar", 0.8), ("open", 0.9), ("door", 0.4)])  # the last is dropped
     scorer.read_line = lambda crop, device: next(lines)
-    picture = torch.rand(2, 3, 64, 96)
+    picture = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(2, 3, 64, 96)  # blue
     assert scorers.score(picture, prompts[:2])["ocr"].tolist() == pytest.approx([7 / 8, 4 / 8])
     with pytest.raises(models.UserError, match="ocr needs a text in straight double quotes"):
         scorers.score(picture, ["a sign", prompts[0]])
