@@ -183,6 +183,25 @@ def test_a_cpu_encodes_one_prompt_at_a_time_and_each_once(monkeypatch):
         assert torch.equal(first[name][0], first[name][2]) and torch.equal(first[name][1], again[name][0])
 
 
+def test_kept_embeddings_are_bounded(monkeypatch):
+    backbone = models.load("classroom")
+    size = sum(value.nbytes for value in backbone.encode(["a circle"]).values())
+    monkeypatch.setattr(models, "CACHE_BYTES", 3 * size)
+    wide = backbone.encode(["a circle", "a cross", "a square", "two circles", "two squares"])
+    assert list(backbone._embeddings) == ["a square", "two circles", "two squares"]  # the newest stay
+    again = backbone.encode(["a circle"])  # encoded anew
+    assert all(torch.equal(again[name][0], wide[name][0]) for name in wide)
+
+
+def test_pictures_are_decoded_a_few_at_a_time(backbone, monkeypatch):
+    seen, decode = [], backbone.decode
+    monkeypatch.setattr(backbone, "resolution", 1024)
+    monkeypatch.setattr(backbone, "decode", lambda part: seen.append(len(part)) or decode(part))
+    latents = torch.randn(5, *backbone.latent_shape)
+    assert torch.allclose(models.decode_all(backbone, latents), decode(latents).detach(), atol=1e-5)
+    assert seen == [2, 2, 1]
+
+
 def test_a_malicious_adapter_is_refused_and_does_not_run(backbone, tmp_path):
     import pickle
 
