@@ -14,22 +14,18 @@ transformer with different LoRA adapters. Each iteration:
     python acdmd.py                                                      the classroom, minutes on a laptop CPU
     torchrun --nproc_per_node=8 acdmd.py --model sd3 --prompts FILE      the published setting
 
-Writes to --out: args.json, log.jsonl, samples/, step_NNNNNN/ (the two newest) and final/ with the adapters generator,
-generator_ema and fake. final/generator_ema is the result; rtdmd.py goes on from final/.
+Writes to --out: args.json, log.jsonl, samples/, step_NNNNNN/ (the two newest, and each --keep_every-th) and final/ with
+the adapters generator, generator_ema and fake. final/generator_ema is the result; rtdmd.py goes on from final/.
+SIGTERM and Ctrl-C finish the step, save and exit; --resume goes on exactly, to the last digit on one CPU.
 """
 
-import argparse
-import math
-import sys
-import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import models
 import rewards
-from models import cps_step, renoise, seeded, step_optimizer
+from models import at_least, between, cps_step, per_sample, seeded, step_optimizer
 
 PRESETS = {  # published settings of each backbone, and measured ones of the classroom
     "sd3": dict(lr=3e-5, lr_fake=3e-5),
@@ -55,17 +51,16 @@ PRESETS = {  # published settings of each backbone, and measured ones of the cla
 
 
 def parse_args(argv=None):
-    options = dict(usage=argparse.SUPPRESS, formatter_class=models.Help, allow_abbrev=False)
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
+    p = models.parser(__doc__.splitlines()[0])
     add = p.add_argument
     add("--model", default="classroom", choices=PRESETS, help="backbone; picks the preset that other flags override")
     add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
     add("--generator_weights", help="the same for the generator alone (FLUX.2: its step-distilled release)")
-    add("--resolution", type=int, help="pixels a side (default: the backbone's)")
-    add("--prompts", type=Path, help=".txt, .jsonl or .json; the classroom makes its own. Paper: Pick-a-Pic captions")
-    add("--out", type=Path, default=Path("out/acdmd"), help="run folder")
-    add("--resume", type=Path, help="run folder or step_NNNNNN folder to go on from")
-    add("--seed", type=int, default=0, help="covers prompts, noise, k, t, delta and the adapters' initial weights")
+    add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
+    add("--prompts", type=models.path, help="a prompt file; the classroom makes its own. Paper: Pick-a-Pic captions")
+    add("--out", type=models.path, default=Path("out/acdmd"), help="run folder")
+    add("--resume", type=models.path, help="run folder or step_NNNNNN folder to go on from")
+    add("--seed", type=at_least(0), default=0, help="covers prompts, noise, k, t, delta and the adapters' weights")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
     add("--checkpointing", default="auto", choices=["auto", "on", "off"], help="of activations; auto: if memory asks")
@@ -74,45 +69,37 @@ def parse_args(argv=None):
     add("--offload_encoders", action="store_true", help="text encoders wait on the CPU while they do not encode")
     add("--compile", action="store_true", help="torch.compile, block by block")
     add("--wandb", action="store_true", help="log to Weights & Biases too")
-    add("--steps", type=int, default=5000, help="iterations: fake-score updates")
-    add("--batch_size", type=int, default=9, help="images a process; paper: 9 on each of 8 GPUs")
-    add("--lr", type=float, default=3e-5, help="learning rate of the generator")
-    add("--lr_fake", type=float, default=3e-5, help="learning rate of the fake score")
-    add("--lr_decay", type=float, default=0.0, help="share of the run over which both fall to 0 at its end; paper: 0")
-    add("--fake_update_ratio", type=int, default=10, help="fake-score updates per generator update (TTUR); paper: 10")
-    add("--rank", type=int, default=32, help="LoRA rank; alpha is twice that. Paper: 32")
-    add("--guidance_scale", type=float, help="classifier-free guidance of the teacher in L_G; 1 or less: none")
-    add("--eta", type=float, default=0.9, help="CPS stochasticity, 0 ODE to 1 full re-noising; paper: 0.9")
-    add("--gamma", type=float, default=0.01, help="weight of L_cons; paper: 0.01. 0: ablation without consistency")
-    add("--delta_max", type=int, default=200, help="L_cons: largest step back in time, in timesteps; paper: 200")
-    add("--consistency_batch", type=int, help="L_cons on so many samples of each process's batch (default: all)")
-    add("--plain_dmd", action="store_true", help="ablation: match x0_hat of every step at s = 0, no sub-intervals")
-    add("--ema_decay", type=float, default=0.99, help="paper: 0.99, every iteration")
-    add("--log_every", type=int, default=10, help="iterations whose log lines are written together: one device sync")
-    add("--skip_nonfinite", type=int, default=0, help="gradients in a row that may be not finite and are skipped")
-    add("--sample_every", type=int, default=500, help="iterations between sample grids; 0: none")
-    add("--save_every", type=int, default=500, help="iterations between checkpoints")
-    argv = sys.argv[1:] if argv is None else argv
-    known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    p.set_defaults(**{"guidance_scale": models.BACKBONES[known.model]["guidance"], **PRESETS[known.model]})
-    args = p.parse_args(argv)
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not 0 <= value < math.inf:
-            p.error(f"--{name} {value}: must be a finite number, at least 0")
-    if args.resume and args.out == p.get_default("out"):  # a run goes on in its own folder
-        args.out = args.resume.parent if (args.resume / "state.pt").is_file() else args.resume
-    counts = "steps batch_size fake_update_ratio rank delta_max log_every save_every consistency_batch resolution"
-    for name, least in {**dict.fromkeys(counts.split(), 1), "sample_every": 0, "skip_nonfinite": 0, "seed": 0}.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            p.error(f"--{name} {getattr(args, name)}: must be at least {least}")
-    if not 0 <= args.eta <= 1:
-        p.error(f"--eta {args.eta}: allowed is 0 (ODE) to 1 (full re-noising); the paper uses 0.9")
-    if args.ema_decay > 1:
-        p.error(f"--ema_decay {args.ema_decay}: allowed is 0 (no average) to 1 (no change)")
-    if not 0 <= args.lr_decay <= 1:
-        p.error(f"--lr_decay {args.lr_decay}: a share of the run, 0 to 1")
+    add("--steps", type=at_least(1), default=5000, help="iterations: fake-score updates")
+    add("--batch_size", type=at_least(1), default=9, help="images a process; paper: 9 on each of 8 GPUs")
+    add("--lr", type=between(0), default=3e-5, help="learning rate of the generator")
+    add("--lr_fake", type=between(0), default=3e-5, help="learning rate of the fake score")
+    add("--lr_decay", type=between(0, 1), default=0.0, help="share of the run over which both fall to 0; paper: 0")
+    add("--fake_update_ratio", type=at_least(1), default=10, help="fake-score updates per generator update; paper: 10")
+    add("--rank", type=at_least(1), default=32, help="LoRA rank; alpha is twice that. Paper: 32")
+    add("--guidance_scale", type=between(0), help="classifier-free guidance of the teacher; 1 or less: none")
+    add("--eta", type=between(0, 1), default=0.9, help="CPS stochasticity, 0 ODE to 1 full re-noising; paper: 0.9")
+    add("--gamma", type=between(0), default=0.01, help="weight of L_cons; paper: 0.01. 0: ablation without it")
+    add(
+        "--delta_max", type=at_least(1), default=200, help="L_cons: largest step back in time, in timesteps; paper: 200"
+    )
+    add(
+        "--consistency_batch", type=at_least(1), help="L_cons on so many samples of each process's batch (default: all)"
+    )
+    add("--plain_dmd", action="store_true", help="ablation: match x0_hat of every step at s = 0 (DMD2, App. K)")
+    add("--ema_decay", type=between(0, 1), default=0.99, help="paper: 0.99, every iteration")
+    add("--log_every", type=at_least(1), default=10, help="iterations whose log lines share one device sync")
+    add(
+        "--skip_nonfinite",
+        type=at_least(0),
+        default=0,
+        help="gradients in a row that may be not finite and are skipped",
+    )
+    add("--sample_every", type=at_least(0), default=500, help="iterations between sample grids; 0: none")
+    add("--save_every", type=at_least(1), default=500, help="iterations between checkpoints")
+    add("--keep_every", type=at_least(0), default=0, help="checkpoints to keep beside the two newest; 0: none")
+    args = models.parse_with_preset(p, PRESETS, argv)
     if args.prompts is None and args.model != "classroom":
-        p.error(f"--model {args.model} needs --prompts FILE (.txt, .jsonl or .json)")
+        p.error(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .json, .csv or .tsv)")
     return args
 
 
@@ -120,17 +107,37 @@ def parse_args(argv=None):
 # the losses: tensors in, tensors out, float32
 
 
+def renoise(x_s, sigma_s, sigma_t, noise):
+    """Take x_s from noise level s up to t >= s; returns (x_t, sigma_ts v*, sigma_ts), the last as [B, 1, 1, 1].
+
+        x_t = a x_s + sigma_ts z,    a = (1-t)/(1-s),    sigma_ts^2 = t^2 - a^2 s^2
+
+    Why v* (App. D). x_s is itself noisy, so noise - x0 is unknown; its expectation given x_s and x_t is enough.
+      1. x_t given x_s is Gaussian, so the score of p(x_t) is E[-z / sigma_ts | x_t]   (score through x_s).
+      2. Rectified flow ties score and velocity: v = -(x_t + t score) / (1-t).
+      3. Put 1 into 2, x_t = a x_s + sigma_ts z:   v* = -x_s/(1-s) + z (t/sigma_ts - sigma_ts) / (1-t).
+      4. t - sigma_ts^2 = (1-t) (t + (1-t) s^2/(1-s)^2), so v* = -x_s/(1-s) + z (t + (1-t) s^2/(1-s)^2) / sigma_ts.
+    sigma_ts v* is returned because it never divides by a small sigma_ts. At s = 0: v* = z - x0, plain flow matching.
+    """
+    x_s, noise = x_s.float(), noise.float()
+    s, t = per_sample(sigma_s, x_s), per_sample(sigma_t, x_s)
+    alpha_ts = (1 - t) / (1 - s)
+    sigma_ts = (t**2 - alpha_ts**2 * s**2).clamp(min=1e-12).sqrt()
+    target = -sigma_ts * x_s / (1 - s) + noise * (t + (1 - t) * s**2 / (1 - s) ** 2)
+    return alpha_ts * x_s + sigma_ts * noise, target, sigma_ts
+
+
 def fake_score_loss(v_fake, target, sigma_ts, max_weight=10.0):
     """L_ac = mean(w (sigma_ts v_phi - sigma_ts v*)^2), w = clamp(1/sigma_ts^2, 0, max_weight). target is sigma_ts v*.
 
     v_fake, target: [B, C, H, W]; sigma_ts: [B] or [B, 1, 1, 1]. Ambient denoising score matching, App. D; see renoise.
     """
-    sigma_ts = models.per_sample(sigma_ts, target)
+    sigma_ts = per_sample(sigma_ts, target)
     weight = (1 / sigma_ts**2).clamp(0, max_weight)
     return (weight * (sigma_ts * v_fake - target).square()).mean()
 
 
-def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise_1, noise_2):
+def consistency_loss(predict, x_t, sigma_t, v_t, delta, *walk):
     """L_cons = mean((h(x'_1, t') - h(x_t, t)) (h(x'_2, t') - h(x_t, t))),   h(x, sigma) = x - sigma v_phi(x, sigma).
 
     The optimal fake score is self-consistent: averaged over its own transition t -> t', h does not move (App. E).
@@ -138,11 +145,13 @@ def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise_1, noise_2):
     t' may lie below s, where L_ac gives a sample no target.
 
     predict(x, sigma) -> v_phi, called once on both transitions, [2B, C, H, W]; v_t = v_phi(x_t, sigma_t) with gradient;
-    delta: [B] integer timesteps to go back. Gradients flow through the three h, not through the transitions.
+    delta: [B] integer timesteps to go back; walk: eta, noise_1, noise_2 of the two CPS transitions. Gradients flow
+    through the three h, not through the transitions.
     """
-    sigma_t = models.per_sample(sigma_t, x_t).expand(len(x_t), 1, 1, 1)
-    sigma_back = (sigma_t - models.per_sample(delta, x_t) / 1000).clamp(min=0)
-    x_1, x_2 = (cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in (noise_1, noise_2))
+    eta, *noises = walk
+    sigma_t = per_sample(sigma_t, x_t).expand(len(x_t), 1, 1, 1)
+    sigma_back = (sigma_t - per_sample(delta, x_t) / 1000).clamp(min=0)
+    x_1, x_2 = (cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in noises)
     v_1, v_2 = predict(torch.cat([x_1, x_2]), torch.cat([sigma_back, sigma_back]).flatten()).float().chunk(2)
     h_t, h_1, h_2 = x_t - sigma_t * v_t, x_1 - sigma_back * v_1, x_2 - sigma_back * v_2
     return ((h_1 - h_t) * (h_2 - h_t)).mean()
@@ -157,7 +166,7 @@ def distribution_matching_loss(x_s, x_s_fake, x_s_teacher):
     """
     with torch.no_grad():
         scale = (x_s - x_s_teacher).abs().flatten(1).mean(1)
-        scale = models.per_sample(scale, x_s)
+        scale = per_sample(scale, x_s)
         # NOTE(paper): the release makes every NaN 0; here only what a zero normaliser gives, so that an error shows
         g = torch.where(scale == 0, 0.0, (x_s_fake - x_s_teacher) / scale)
     return 0.5 * (x_s - (x_s - g).detach()).square().mean()
@@ -173,186 +182,102 @@ def draw_t(u, sigma_s):
 # functions that call the networks
 
 
-def rollout(backbone, cond, sigmas, k, args, indices, key, grad=False):
-    """Walk k CPS steps of the generator from noise, with gradient in the k-th only: (x_s, s). Appendix B.
-
-    With --plain_dmd the k-th step jumps to 0 instead: x_s = x0_hat and s = 0, as in DMD2 (App. K). indices, key: which
-    samples of the global batch these are, and what for; all noise of a sample follows from the two (models.draw).
-    """
-    shape, device = backbone.latent_shape, backbone.device
-    x = models.draw(torch.randn, shape, indices, *key, "start", device=device)
-    for j in range(k):
-        last = j == k - 1
-        sigma_next = 0.0 if last and args.plain_dmd else sigmas[j + 1]
-        noise = models.draw(torch.randn, shape, indices, *key, "step", j, device=device)  # unused by a step to 0
-        with torch.set_grad_enabled(grad and last):
-            v = backbone.velocity(x, sigmas[j], cond, role="generator")
-            x = cps_step(x, v, sigmas[j], sigma_next, args.eta, noise)
-    return x, sigma_next
+def rollout(backbone, cond, levels, eta, noise, grad=False):
+    """x_s: the generator's walk down `levels` [1, ..., s] from pure noise, gradient in the last step only (App. B)."""
+    x, last = noise.normal("start"), len(levels) - 2
+    for j, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
+        with torch.set_grad_enabled(grad and j == last):
+            v = backbone.velocity("generator", x, sigma, cond)
+            x = cps_step(x, v, sigma, sigma_next, eta, noise.normal("step", j) if sigma_next else None)
+    return x
 
 
-def fake_losses(backbone, cond, x_s, sigma_s, args, indices, key):
-    """(L_ac, L_cons) on one batch of rollouts."""
-    shape, device = backbone.latent_shape, backbone.device
-    noise = models.draw(torch.randn, shape, indices, *key, "z", device=device)
-    sigma_t = draw_t(models.draw(torch.rand, (), indices, *key, "t", device=device), sigma_s)
-    x_t, target, sigma_ts = renoise(x_s, sigma_s, sigma_t, noise)
-    v_t = backbone.velocity(x_t, sigma_t, cond, role="fake")
-    loss_ac = fake_score_loss(v_t, target, sigma_ts)
-    if args.gamma == 0:
-        return loss_ac, torch.zeros_like(loss_ac)
-    n = args.consistency_batch or len(x_s)
-    delta = models.draw(torch.rand, (), indices[:n], *key, "delta", device=device)
-    delta = 1 + (delta * args.delta_max).floor()  # uniform on 1 .. delta_max
-    noise_1, noise_2 = (
-        models.draw(torch.randn, shape, indices[:n], *key, name, device=device) for name in ("z1", "z2")
-    )
-    cond_twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
+def consistency(backbone, cond, start, noise, eta, delta_max):
+    """L_cons of the first len(noise) samples of start = (x_t, sigma_t, v_t); 0 if there are none (gamma = 0)."""
+    n = len(noise)
+    if n == 0:
+        return torch.zeros((), device=backbone.device)
+    cond = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}  # both transitions as one batch of 2n
+    delta = 1 + (noise.uniform("delta") * delta_max).floor()  # uniform on 1 .. delta_max
+    walk = eta, noise.normal("z1"), noise.normal("z2")
 
-    def predict(x, sigma):  # both transitions as one batch of 2n
-        return backbone.velocity(x, sigma, cond_twice, role="fake")
+    def predict(x, sigma):
+        return backbone.velocity("fake", x, sigma, cond)
 
-    return loss_ac, consistency_loss(predict, x_t[:n], sigma_t[:n], v_t[:n], delta, args.eta, noise_1, noise_2)
-
-
-def generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key):
-    """L_G: re-noise x_s to t, walk back to s once with the guided teacher and once with the fake score.
-
-    Both walks share x_t and their noise, so what is left of their difference is that of the two scores.
-    """
-    shape, device = backbone.latent_shape, backbone.device
-    with torch.no_grad():
-        noise, back = (models.draw(torch.randn, shape, indices, *key, name, device=device) for name in ("z", "back"))
-        sigma_t = draw_t(models.draw(torch.rand, (), indices, *key, "t", device=device), sigma_s)
-        x_t, _, _ = renoise(x_s, sigma_s, sigma_t, noise)
-        v_teacher = backbone.velocity(x_t, sigma_t, cond, args.guidance_scale, uncond, role="teacher")
-        v_fake = backbone.velocity(x_t, sigma_t, cond, role="fake")
-        x_s_teacher = cps_step(x_t, v_teacher, sigma_t, sigma_s, args.eta, back)
-        x_s_fake = cps_step(x_t, v_fake, sigma_t, sigma_s, args.eta, back)
-    return distribution_matching_loss(x_s, x_s_fake, x_s_teacher)
+    return consistency_loss(predict, *(part[:n] for part in start), delta, *walk)
 
 
 def main(args):
-    # set-up, models, optimisers
-    rank, world_size, device = models.setup_distributed(args.device)
-    state = models.check_run(args, __file__)
-    start = state["step"] if state else 0
-    if start > args.steps:
-        raise models.UserError(f"--steps {args.steps}: the run is at {start} already")
-    if start == args.steps and (args.out / "final").is_dir():
-        if rank == 0:
-            print(f"nothing left to train: {args.out}/final is the run's end, step {start}")
+    # set-up: run folder, networks and their adapters, optimisers
+    run = models.Run(args, "steps", __file__)
+    if run.finished:
         return
-    stop = models.StopSignal()
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts()
-    prompts = [prompt for prompt, _ in pairs]
-    dtype = getattr(torch, args.dtype)
-    placement = dict(shard_mode=args.shard, offload_frozen=args.offload_frozen)
-    backbone = models.load(
-        args.model, args.weights, args.generator_weights, device, dtype, args.resolution, **placement
-    )
-    backbone.offload_encoders = args.offload_encoders
+    backbone = run.load_backbone()
     backbone.roles |= {"generator": ("generator",), "fake": ("fake",), "ema": ("generator_ema",)}
-    # adapter -> the transformer that holds it: one and the same, but for FLUX.2
-    home = {"generator": backbone.student, "generator_ema": backbone.student, "fake": backbone.transformer}
-    if state:
-        models.load_checkpoint(state, home)
-    else:
-        for name, network in home.items():
-            init = seeded(args.seed, "init", name.removesuffix("_ema"))
-            models.add_adapter(network, name, args.rank, 2 * args.rank, generator=init, trainable="ema" not in name)
-    generator, average, fake = (models.adapter_parameters(network, name) for name, network in home.items())
-    optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
-    optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=device.type == "cuda")
+    networks = {"generator": backbone.student, "generator_ema": backbone.student, "fake": backbone.transformer}
+    generator, average, fake = run.adapters(networks, args.rank)
+    fused = run.device.type == "cuda"
+    optimizer = torch.optim.AdamW(generator, weight_decay=0.0, fused=fused)
+    optimizer_fake = torch.optim.AdamW(fake, weight_decay=0.0, fused=fused)
     ema = models.EMA(generator, average, args.ema_decay)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        optimizer_fake.load_state_dict(state["optimizer_fake"])
-    samples = args.batch_size + 2 * (args.consistency_batch or args.batch_size)  # of the fake score's step
-    models.set_up_blocks(backbone, args.checkpointing, samples, args.compile)
+    n_cons = (args.consistency_batch or args.batch_size) if args.gamma else 0
+    models.set_up_blocks(backbone, args.checkpointing, args.batch_size + 2 * n_cons, args.compile)
 
-    sigmas = backbone.sigmas(models.FEW_STEPS)
-    uncond = backbone.encode([""])
-    batch = args.batch_size * world_size
-    indices = range(rank * args.batch_size, (rank + 1) * args.batch_size)  # samples are numbered over all ranks
-    say = print if rank == 0 else lambda *_: None
-    total = sum(p.numel() for network in backbone.networks() for p in network.parameters())
-    say(f"{args.model} on {device}: {total / 1e6:.2f} M parameters with all adapters")
-    say(f"{sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
-    say(
-        f"{batch} images an iteration, {args.steps} iterations, "
-        f"{args.steps // args.fake_update_ratio} generator updates"
-    )
-    say(f"sigmas {[round(s, 4) for s in sigmas]}, eta {args.eta}, {len(prompts)} prompts, writing to {args.out}")
-    log = models.RunLog(rank, args, state)
+    batch, sigmas = args.batch_size * run.world_size, backbone.sigmas()
+    mine = range(run.rank * args.batch_size, (run.rank + 1) * args.batch_size)  # samples are numbered over all ranks
+    run.print(f"{sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
+    updates = args.steps // args.fake_update_ratio
+    run.print(f"{batch} images an iteration, {args.steps} iterations, {updates} generator updates")
+    run.print(f"sigmas {[round(s, 4) for s in sigmas]}, eta {args.eta}, {len(pairs)} prompts, writing to {args.out}")
+    run.begin(backbone, pairs, {"generator": optimizer, "fake": optimizer_fake}, batch)
 
-    def checkpoint(step, final=False):
-        if rank == 0:
-            state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
-            state["skipped"] = (patience.in_a_row, patience.total)
-            models.save_checkpoint(args.out, step, home, state, args, __file__, final=final)
+    def draw(step, network):
+        """Text embeddings of this rank's prompts, k steps down the noise levels to s = levels[-1], and the noise."""
+        g = seeded(args.seed, step, network)
+        k = int(torch.randint(1, len(sigmas), (1,), generator=g))  # the same on every rank
+        picks = torch.randint(len(pairs), (batch,), generator=g)[mine.start : mine.stop]
+        levels = [*sigmas[:k], 0.0 if args.plain_dmd else sigmas[k]]
+        noise = models.Noise(args.seed, step, network, mine, backbone.latent_shape, run.device)
+        return backbone.encode([pairs[i][0] for i in picks]), k, levels, noise
 
-    def batch_for(step, use):
-        """Text embeddings of this rank's prompts and the shared k. Fake score and generator draw their own."""
-        g = seeded(args.seed, step, use)
-        k = int(torch.randint(1, len(models.FEW_STEPS) + 1, (1,), generator=g))
-        picks = torch.randint(len(prompts), (batch,), generator=g)[indices.start : indices.stop]
-        return backbone.encode([prompts[i] for i in picks]), k, (args.seed, step, use)
+    for step in run.steps("AC-DMD"):
+        decay = models.linear_decay(step, args.steps, args.lr_decay)
 
-    patience = models.Patience(args.skip_nonfinite, args.out, *(state or {}).get("skipped", ()))
-    pending, shown, last_log = [], {}, time.perf_counter()  # rows of the log whose values are still on the device
-    bar = tqdm(range(start, args.steps), "AC-DMD", initial=start, total=args.steps, disable=rank > 0)
-    for step in bar:
-        lr_scale = min(1.0, (args.steps - step) / (args.lr_decay * args.steps)) if args.lr_decay else 1.0
+        # 1) rollout to x_s
+        cond, k, levels, noise = draw(step, "fake")
+        x_s, s = rollout(backbone, cond, levels, args.eta, noise), levels[-1]
 
-        # 1) rollout, 2) fake score
-        cond, k, key = batch_for(step, "fake")
-        x_s, sigma_s = rollout(backbone, cond, sigmas, k, args, indices, key)
-        loss_ac, loss_cons = fake_losses(backbone, cond, x_s, sigma_s, args, indices, key)
+        # 2) fake score: fit v* at x_t, stay consistent along the way back from x_t
+        sigma_t = draw_t(noise.uniform("t"), s)
+        x_t, target, sigma_ts = renoise(x_s, s, sigma_t, noise.normal("z"))
+        v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+        loss_ac = fake_score_loss(v_fake, target, sigma_ts)
+        loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta, args.delta_max)
         (loss_ac + args.gamma * loss_cons).backward()
-        norm = step_optimizer(optimizer_fake, lr_scale * args.lr_fake, world_size, args.skip_nonfinite > 0)
-        row = {f"loss/ac_k{k}": loss_ac, "loss/cons": loss_cons, "grad_norm/fake": norm}
-        row = {} if patience.skipped(norm, step + 1, "grad_norm/fake") else row
+        norm = step_optimizer(optimizer_fake, decay * args.lr_fake, run.world_size, args.skip_nonfinite)
+        row = {f"loss/ac_k{k}": loss_ac, "loss/cons": loss_cons, "grad_norm/fake": norm, "lr": decay * args.lr}
 
-        # 3) generator, on a rollout of its own
+        # 3) generator, on a rollout of its own: where do teacher and fake score disagree about it?
         if (step + 1) % args.fake_update_ratio == 0:
-            cond, k, key = batch_for(step, "generator")
-            x_s, sigma_s = rollout(backbone, cond, sigmas, k, args, indices, key, grad=True)
-            loss = generator_loss(backbone, cond, uncond, x_s, sigma_s, args, indices, key)
+            cond, k, levels, noise = draw(step, "generator")
+            x_s, s = rollout(backbone, cond, levels, args.eta, noise, grad=True), levels[-1]
+            with torch.no_grad():
+                sigma_t = draw_t(noise.uniform("t"), s)
+                x_t, _, _ = renoise(x_s, s, sigma_t, noise.normal("z"))
+                v_teacher = backbone.velocity("teacher", x_t, sigma_t, cond, args.guidance_scale)
+                v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+                back = noise.normal("back")  # shared, so that what differs is the scores
+                x_s_teacher = cps_step(x_t, v_teacher, sigma_t, s, args.eta, back)
+                x_s_fake = cps_step(x_t, v_fake, sigma_t, s, args.eta, back)
+            loss = distribution_matching_loss(x_s, x_s_fake, x_s_teacher)
             loss.backward()
-            norm = step_optimizer(optimizer, lr_scale * args.lr, world_size, args.skip_nonfinite > 0)
-            if not patience.skipped(norm, step + 1, "grad_norm/generator"):
-                row |= {f"loss/generator_k{k}": loss, "grad_norm/generator": norm}
+            norm = step_optimizer(optimizer, decay * args.lr, run.world_size, args.skip_nonfinite)
+            row |= {f"loss/generator_k{k}": loss, "grad_norm/generator": norm}
 
         # 4) EMA
-        ema.update(step)
-
-        # log, sample, save
-        facts = {"step": step + 1, "lr": lr_scale * args.lr, "skipped": patience.total}
-        pending.append((facts, {name: value.detach() for name, value in row.items()}))
-        stopped = stop.agreed(world_size)
-        saving = (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopped
-        if saving or (step + 1) % args.log_every == 0:
-            rows = models.rows_over_ranks([row for _, row in pending], world_size)
-            pace = models.speed(backbone, time.perf_counter() - last_log, len(rows), batch * len(rows))
-            last_log = time.perf_counter()
-            for (facts, _), row in zip(pending, rows, strict=True):
-                models.check_finite(row, facts["step"], args.out)
-                log.write(**facts, **row, **pace)
-                shown |= {name: f"{v:.3g}" for name, v in row.items() if name in ("grad_norm/generator", "loss/cons")}
-            bar.set_postfix(shown)
-            pending = []
-        paused = time.perf_counter()
-        if args.sample_every and ((step + 1) % args.sample_every == 0 or step == 0):
-            models.sample_grid(backbone, prompts[:16], sigmas, args, rank, f"step_{step + 1:06d}.png")
-        if saving:
-            checkpoint(step + 1)
-        if stopped:
-            say(f"\nstopped after step {step + 1}; go on with the same command and --resume {args.out}")
-            return
-        last_log += time.perf_counter() - paused  # grids and checkpoints are no part of the training's pace
-    checkpoint(args.steps, final=True)
-    say(f"done: {args.out}/final/generator_ema")
+        ema.update(step + 1)
+        run.log(step, row)
 
 
 if __name__ == "__main__":

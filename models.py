@@ -1,4 +1,4 @@
-"""What is true whatever the loss: backbones, adapters, sampler, shared formulas, processes, checkpoints.
+"""What both stages share: sampler and formulas, noise, LoRA, backbones; below the second banner, how a run is run.
 
 A backbone wraps a diffusers pipeline object. Text encoding, VAE, scheduler and packing are the pipeline's own; this
 file adds `velocity`, which runs the one frozen transformer as teacher, generator or fake score. A role is a list
@@ -20,7 +20,9 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,35 +36,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
-
-
-class Help(argparse.HelpFormatter):
-    """Every flag with its value; `--model sd35 --help` shows sd35's."""
-
-    def _get_help_string(self, action):
-        shown = action.default not in (None, False, argparse.SUPPRESS, [])
-        return action.help + (" [%(default)s]" if shown else "")
-
-
-class UserError(ValueError):
-    """Something a user can mend. `run` prints it as one line and exits with status 2."""
-
-
-def first_line(error):
-    """What an exception says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def run(main, args):
-    """A script's entry: main(args), with a UserError shown as one line."""
-    try:
-        main(args)
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    if dist.is_initialized():  # not after an error: it could wait for the others, who wait for this process
-        dist.destroy_process_group()
-
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------
 # shared formulas (tensors in, tensors out, float32 inside)
@@ -103,65 +77,82 @@ def cps_step(x, v, sigma, sigma_next, eta=0.0, noise=None):
     return mean + per_sample(sigma_next, mean) * math.sin(eta * math.pi / 2) * noise
 
 
-def cps_log_prob(x_next, x, v, sigma, sigma_next, eta):
-    """Log-probability of a stored step, constants dropped: -mean((x' - mu)^2) over all but the batch -> [B].
-
-    There is no 1/(2 rho^2): the published clip range and learning rates assume this scale.
-    """
-    return -(x_next.float() - cps_mean(x, v, sigma, sigma_next, eta)).square().flatten(1).mean(1)
-
-
-def renoise(x_s, sigma_s, sigma_t, noise):
-    """Take x_s from noise level s up to t >= s; returns (x_t, sigma_ts v*, sigma_ts), the last as [B, 1, 1, 1].
-
-        x_t = a x_s + sigma_ts z,    a = (1-t)/(1-s),    sigma_ts^2 = t^2 - a^2 s^2
-
-    Why v* (App. D). x_s is itself noisy, so noise - x0 is unknown; its expectation given x_s and x_t is enough.
-      1. x_t given x_s is Gaussian, so the score of p(x_t) is E[-z / sigma_ts | x_t]   (score through x_s).
-      2. Rectified flow ties score and velocity: v = -(x_t + t score) / (1-t).
-      3. Put 1 into 2, x_t = a x_s + sigma_ts z:   v* = -x_s/(1-s) + z (t/sigma_ts - sigma_ts) / (1-t).
-      4. t - sigma_ts^2 = (1-t) (t + (1-t) s^2/(1-s)^2), so v* = -x_s/(1-s) + z (t + (1-t) s^2/(1-s)^2) / sigma_ts.
-    sigma_ts v* is returned because it never divides by a small sigma_ts. At s = 0: v* = z - x0, plain flow matching.
-    """
-    x_s, noise = x_s.float(), noise.float()
-    s, t = per_sample(sigma_s, x_s), per_sample(sigma_t, x_s)
-    alpha_ts = (1 - t) / (1 - s)
-    sigma_ts = (t**2 - alpha_ts**2 * s**2).clamp(min=1e-12).sqrt()
-    target = -sigma_ts * x_s / (1 - s) + noise * (t + (1 - t) * s**2 / (1 - s) ** 2)
-    return alpha_ts * x_s + sigma_ts * noise, target, sigma_ts
+FEW_STEPS = (1000, 750, 500, 250)  # raw timesteps of the four-step schedule, before the backbone's shift
 
 
 def few_step_sigmas(scheduler, steps, image_tokens=None, family="sd3"):
-    """Noise levels of a few-step schedule, the closing 0 included. steps: raw timesteps such as (1000, 750, 500, 250).
+    """Noise levels of a few-step schedule, the closing 0 included (App. K). steps: raw timesteps such as FEW_STEPS.
 
-    sd3: the scheduler's static shift. flux1, flux2: exponential shift by `dynamic_shift`.
+    The shift is the diffusers scheduler's own; where it depends on the picture's size, FLUX.2-klein has an empirical
+    mu of (image tokens, number of steps), the others one that is linear in the image tokens.
     """
-    raw, config = [step / 1000 for step in steps], scheduler.config
-    if family == "sd3":
-        return [config.shift * r / (1 + (config.shift - 1) * r) for r in raw] + [0.0]
-    mu = dynamic_shift(scheduler, len(raw), image_tokens, family)
-    sigmas = [math.exp(mu) / (math.exp(mu) + (1 / r - 1)) for r in raw]
-    if config.shift_terminal:  # stretch so that the last level before 0 is shift_terminal
-        scale = (1 - sigmas[-1]) / (1 - config.shift_terminal)
-        sigmas = [1 - (1 - s) / scale for s in sigmas]
-    return sigmas + [0.0]
-
-
-def dynamic_shift(scheduler, n_steps, image_tokens, family):
-    """mu of FLUX's exponential shift, by diffusers' own functions.
-
-    flux1: linear in the image-token count. flux2: an empirical fit of (image tokens, number of steps).
-    """
-    if family == "flux1":
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        c = scheduler.config
-        return calculate_shift(image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
-    if family == "flux2":
+    config, mu = scheduler.config, None
+    if config.use_dynamic_shifting and family == "flux2":
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-        return compute_empirical_mu(image_tokens, n_steps)
-    raise UserError(f"unknown family {family!r}; allowed: sd3, flux1, flux2")
+        mu = compute_empirical_mu(image_tokens, len(steps))
+    elif config.use_dynamic_shifting:
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        c = config
+        mu = calculate_shift(image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    scheduler.set_timesteps(sigmas=[step / 1000 for step in steps], mu=mu)
+    return scheduler.sigmas.tolist()
+
+
+def seeded(*key):
+    """A CPU generator that depends on nothing but the key, e.g. (seed, step, "order"); stable over processes."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class Noise:
+    """Random numbers of a batch, `Noise(*key, indices, shape, device)`; row i depends on (key, name, indices[i]) alone.
+
+        noise = Noise(seed, step, "fake", range(32), (16, 64, 64), device)
+        noise.normal("z")         [32, 16, 64, 64] standard normal       noise.uniform("t")     [32] in [0, 1)
+        noise[:8].normal("z")     the first 8 of those
+
+    indices number the samples of all ranks, so a run draws the same whether one process holds the batch or several do;
+    and a resumed run draws what the uninterrupted one would have: no generator has a state that could be lost.
+    """
+
+    def __init__(self, *args):
+        *self.key, self.indices, self.shape, self.device = args
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, rows):
+        return Noise(*self.key, self.indices[rows], self.shape, self.device)
+
+    def normal(self, *name):
+        return self._draw(torch.randn, self.shape, name)
+
+    def uniform(self, *name):
+        return self._draw(torch.rand, (), name)
+
+    def _draw(self, kind, shape, name):
+        rows = [kind(shape, generator=seeded(*self.key, *name, int(i))) for i in self.indices]
+        return to_device(torch.stack(rows), self.device)
+
+
+class EMA:
+    """Exponential moving average: `average` follows `parameters`.
+
+    decay: fixed (stage 1), or with `warmup` min(decay, (1 + n) / (10 + n)) (stage 2). `update(n)` follows the n-th
+    optimiser step, n = 1, 2, ..., and acts when n + 1 is a multiple of `every` (the release's counting).
+    """
+
+    def __init__(self, parameters, average, decay, every=1, warmup=False):
+        self.parameters, self.average = list(parameters), list(average)
+        self.decay, self.every, self.warmup = decay, every, warmup
+
+    @torch.no_grad()
+    def update(self, n):
+        if (n + 1) % self.every == 0:
+            decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -244,22 +235,486 @@ def adapter_parameters(transformer, name):
     return [p for m in lora_modules(transformer).values() for p in (m.lora_A[name], m.lora_B[name])]
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+# ---------------------------------------------------------------------------------------------------------------
+# backbones
+
+ATTENTION = tuple(f"attn.{n}" for n in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split())
+CACHE_BYTES = 4e9  # host memory for prompt embeddings
 
 
-def save_adapter(transformer, name, folder):
-    """Write folder/pytorch_lora_weights.safetensors in diffusers' naming, for `pipe.load_lora_weights(folder)`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, modules = {}, lora_modules(transformer)
-    for path, m in modules.items():
-        for key, p in (("lora_A", m.lora_A[name]), ("lora_B", m.lora_B[name])):
-            tensors[f"transformer.{path}.{key}.weight"] = p.detach().cpu().contiguous()
-    rank = len(m.lora_A[name])
-    config = {"r": rank, "lora_alpha": m.scale[name] * rank, "target_modules": sorted(modules)}
-    config = {f"transformer.{key}": value for key, value in config.items()}
-    # one entry: safetensors writes several in random order, and equal adapters shall be equal files
-    save_file(tensors, folder / LORA_FILE, {"lora_adapter_metadata": json.dumps(config)})
+class Backbone:
+    """A diffusers pipeline, its transformer frozen and open to adapters.
+
+        role        base weights     adapters in stage 1     in stage 2
+        teacher     transformer      none                    none
+        generator   student          generator               distilled, rl
+        ema         student          generator_ema           distilled, rl_ema
+        fake        transformer      fake                    fake, fake_rl
+
+    `student` is `transformer`, but for FLUX.2, whose generator starts from weights of its own. The stage fills in
+    `roles`, {role: names of its adapters}. A subclass a family says what differs:
+        patch -> latent pixels a side of one token          shape(side) -> latent_shape, side in VAE latent pixels
+        encode_texts(prompts) -> {keyword of the transformer: [B, ...]}
+        predict(network, x, sigma, cond, guidance_scale) -> one forward, [B, C, H, W] in and out, packing inside
+    """
+
+    lora_targets = ATTENTION
+    embedded_guidance = False  # the guidance scale is an input of the network, not a second pass
+
+    def __init__(self, pipe, resolution, text_tokens, device="cpu", dtype=torch.float32, student=None):
+        self.pipe, self.device, self.dtype, self.text_tokens = pipe, torch.device(device), dtype, text_tokens
+        self.transformer, self.vae, self.scheduler = pipe.transformer, pipe.vae.requires_grad_(False), pipe.scheduler
+        self.student = self.transformer if student is None else student
+        factor = pipe.vae_scale_factor * self.patch  # pixels a side of one token
+        largest = factor * getattr(self.transformer.config, "pos_embed_max_size", math.inf)
+        if resolution % factor:
+            near = f"{resolution - resolution % factor or factor} or {resolution - resolution % factor + factor}"
+            raise UserError(f"resolution {resolution} does not divide by {factor}: try {near}")
+        if resolution > largest:
+            raise UserError(f"resolution {resolution}: this transformer's table of positions ends at {largest}")
+        self.resolution, self.image_tokens = resolution, (resolution // factor) ** 2
+        self.vae.to(device, memory_format=torch.channels_last)
+        encoders = (getattr(pipe, f"text_encoder{n}", None) for n in ("", "_2", "_3"))
+        self.encoders = [encoder for encoder in encoders if encoder is not None]
+        self.offload_encoders = False  # text encoders wait on the CPU while they do not encode
+        self.latent_shape = self.shape(resolution // pipe.vae_scale_factor)
+        for network in self.networks():
+            prepare_for_lora(network, self.lora_targets, self.device)
+        self.roles = {"teacher": (), "generator": (), "fake": ()}
+        self._embeddings = {}  # prompt -> {name: its row}, on the CPU
+        self._position_ids = {}
+        self.evaluations = 0  # of the network by one sample since the last log line; with gradient they count twice
+
+    def networks(self):
+        """The different transformers: one, or FLUX.2's two."""
+        return [self.transformer] if self.student is self.transformer else [self.transformer, self.student]
+
+    def network(self, role):
+        """The transformer a role runs on, which also holds its adapters."""
+        return self.transformer if role in ("teacher", "fake") else self.student
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        for encoder in self.encoders if new else ():
+            encoder.to(self.device)
+        # A CPU takes one at a time: rounding must not depend on the neighbours, or a resumed run would differ in the
+        # last digit, as it may on a GPU. That takes eight: the logits of FLUX.2's encoder are a gigabyte then.
+        at_once = 1 if self.device.type == "cpu" else 8
+        for part in (new[i : i + at_once] for i in range(0, len(new), at_once)):
+            columns = {name: value.cpu().unbind() for name, value in self.encode_texts(part).items()}
+            for i, prompt in enumerate(part):
+                self._embeddings[prompt] = {name: column[i] for name, column in columns.items()}
+        for encoder in self.encoders if new and self.offload_encoders else ():
+            encoder.to("cpu")
+        rows = [self._embeddings[p] for p in prompts]
+        size = sum(value.nbytes for value in rows[0].values())
+        while len(self._embeddings) > max(2, CACHE_BYTES / size):  # the oldest go
+            del self._embeddings[next(iter(self._embeddings))]
+        return {name: to_device(torch.stack([row[name] for row in rows]), self.device) for name in rows[0]}
+
+    @functools.cached_property
+    def uncond(self):
+        """encode([""]), one row, for classifier-free guidance."""
+        return self.encode([""])
+
+    def velocity(self, role, x, sigma, cond, guidance_scale=1.0, uncond=None):
+        """v = noise - x0 as `role` sees it, float32 [B, C, H, W]. sigma: float or [B] in [0, 1].
+
+        guidance_scale > 1 runs unconditional and conditional as one batch of 2B: v = v_u + scale (v_c - v_u). `uncond`:
+        one row for all samples or one each; by default the empty prompt. Where guidance is embedded, one pass is told
+        the scale.
+        """
+        x, network = x.float(), self.network(role)
+        sigma = per_sample(sigma, x).flatten().expand(len(x))
+        guided = self.passes(guidance_scale) == 2
+        if guided:
+            uncond = self.uncond if uncond is None else uncond
+            cond = {key: torch.cat([uncond[key].expand_as(cond[key]), cond[key]]) for key in cond}
+            x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
+        self.evaluations += len(x) * (1 + torch.is_grad_enabled())  # a frozen base's backward costs one forward
+        with adapters(network, *self.roles[role]), self.autocast():
+            v = self.predict(network, x, sigma, cond, guidance_scale).float()
+        if guided:
+            v_uncond, v_cond = v.chunk(2)  # NOTE(paper): the release runs FLUX's two passes one after the other
+            v = v_uncond + guidance_scale * (v_cond - v_uncond)
+        return v
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def passes(self, guidance_scale):
+        """Network evaluations of one guided velocity."""
+        return 1 if self.embedded_guidance or guidance_scale <= 1 else 2
+
+    @functools.cached_property
+    def flops(self):
+        """FLOP of one evaluation by one sample, as torch counts matrix products and attention."""
+        x, cond = torch.randn(1, *self.latent_shape, device=self.device), self.encode([""])
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.velocity("teacher", x, 0.5, cond)
+        return counter.get_total_flops()
+
+    def position_ids(self, key, make):
+        """make() on the device, once per key: the pipelines make them on the CPU, and a copy makes it wait."""
+        if key not in self._position_ids:
+            self._position_ids[key] = make().to(self.device)
+        return self._position_ids[key]
+
+    def decode(self, latents):
+        """Images [B, 3, H, W] in [0, 1], float32, differentiable in the latents [B, C, H, W]."""
+        z = self.vae_latents(latents)
+        return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def vae_latents(self, latents):
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    def sigmas(self, steps=FEW_STEPS):
+        """Noise levels ending in 0.0: of few raw timesteps, or of the pipeline's own schedule of `steps` steps."""
+        if isinstance(steps, int) and self.family == "sd3":
+            self.scheduler.set_timesteps(steps)
+            return self.scheduler.sigmas.tolist()
+        if isinstance(steps, int):  # FLUX's pipelines begin with evenly spaced levels
+            steps = [1000 * (1 - i / steps) for i in range(steps)]
+        return few_step_sigmas(self.scheduler, steps, self.image_tokens, self.family)
+
+
+class SD3(Backbone):
+    """SD3-M, SD3.5-M and the classroom: StableDiffusion3Pipeline. Latents [16, side / 8, side / 8]."""
+
+    family = "sd3"
+    pipeline, network_class = "StableDiffusion3Pipeline", "SD3Transformer2DModel"
+
+    @property
+    def patch(self):
+        return self.transformer.config.patch_size
+
+    def shape(self, side):
+        return (self.transformer.config.in_channels, side, side)
+
+    def encode_texts(self, prompts):
+        options = dict(device=self.device, max_sequence_length=self.text_tokens, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, None, None, **options)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def predict(self, network, x, sigma, cond, guidance_scale):
+        kwargs = dict(hidden_states=x.to(self.dtype), timestep=1000 * sigma, **cond)
+        return network(**kwargs, return_dict=False)[0]
+
+
+class Flux1(Backbone):
+    """FLUX.1-dev: FluxPipeline. Latents [16, side / 8, side / 8], packed 2x2 into tokens for the transformer."""
+
+    family = "flux1"
+    pipeline, network_class = "FluxPipeline", "FluxTransformer2DModel"
+    patch = 2
+
+    def __init__(self, pipe, *args, **kwargs):
+        self.embedded_guidance = pipe.transformer.config.guidance_embeds
+        super().__init__(pipe, *args, **kwargs)
+        for network in self.networks():
+            network.time_text_embed.register_forward_pre_hook(self.exact_levels)
+
+    def exact_levels(self, module, args):
+        """The network rounds time and guidance to bf16 under autocast, 849.1 to 848: put them back as they were."""
+        return (*self.levels, args[-1])
+
+    def shape(self, side):
+        return (self.transformer.config.in_channels // 4, side, side)
+
+    def encode_texts(self, prompts):
+        embeds, pooled, _ = self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=self.text_tokens)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def predict(self, network, x, sigma, cond, guidance_scale):
+        (b, c, h, w), text = x.shape, cond["encoder_hidden_states"]
+        guidance = x.new_full((b,), guidance_scale) if self.embedded_guidance else None
+        self.levels = [1000 * number for number in (sigma, guidance) if number is not None]
+        ids = lambda: self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", x.dtype)  # noqa: E731
+        v = network(
+            hidden_states=self.pipe._pack_latents(x, b, c, h, w),
+            timestep=sigma,
+            guidance=guidance,
+            img_ids=self.position_ids(("image", x.shape), ids),
+            txt_ids=x.new_zeros(text.shape[1], 3),
+            **cond,
+            return_dict=False,
+        )[0]
+        return self.pipe._unpack_latents(v, 8 * h, 8 * w, 8)  # sizes as in pixels of a VAE with factor 8
+
+
+class Flux2(Backbone):
+    """FLUX.2-klein: Flux2KleinPipeline. Latents [128, side / 16, side / 16], patchified and normalised by the VAE."""
+
+    family = "flux2"
+    pipeline, network_class = "Flux2KleinPipeline", "Flux2Transformer2DModel"
+    lora_targets = (*ATTENTION, "attn.to_qkv_mlp_proj", "attn.to_out")  # the last two: single-stream blocks
+    patch = 2
+
+    def shape(self, side):
+        return (self.transformer.config.in_channels, side // 2, side // 2)
+
+    def encode_texts(self, prompts):
+        embeds, _ = self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=self.text_tokens)
+        return {"encoder_hidden_states": embeds}
+
+    def predict(self, network, x, sigma, cond, guidance_scale):
+        (b, c, h, w), text = x.shape, cond["encoder_hidden_states"]
+        v = network(  # float32 in: the network rounds its time to the dtype of hidden_states
+            hidden_states=self.pipe._pack_latents(x),
+            timestep=sigma,
+            guidance=None,
+            img_ids=self.position_ids(("image", x.shape), lambda: self.pipe._prepare_latent_ids(torch.empty(x.shape))),
+            txt_ids=self.position_ids(
+                ("text", text.shape), lambda: self.pipe._prepare_text_ids(torch.empty(text.shape))
+            ),
+            **cond,
+            return_dict=False,
+        )[0]
+        return v.transpose(1, 2).reshape(b, c, h, w)
+
+    def vae_latents(self, latents):
+        norm = self.vae.bn
+        mean, var = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
+        return self.pipe._unpatchify_latents(latents * (var + self.vae.config.batch_norm_eps).sqrt() + mean)
+
+
+CLASSROOM = Path(__file__).resolve().parent / "classroom"
+KLEIN = "black-forest-labs/FLUX.2-klein"
+BACKBONES = {  # facts of each; settings are in a stage's PRESETS. resolution: pixels a side; text_tokens: of T5 or Qwen
+    "classroom": dict(family=SD3, repo=CLASSROOM / "teacher", resolution=64, text_tokens=2, guidance=3.0),  # T5 is mute
+    "sd3": dict(family=SD3, repo="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024)
+    | dict(text_tokens=128, guidance=7.0),
+    "sd35": dict(family=SD3, repo="stabilityai/stable-diffusion-3.5-medium", resolution=512)
+    | dict(text_tokens=128, guidance=4.5),
+    "flux1": dict(family=Flux1, repo="black-forest-labs/FLUX.1-dev", resolution=512, text_tokens=512, guidance=3.5),
+    "flux2-4b": dict(family=Flux2, repo=f"{KLEIN}-base-4B", resolution=512, text_tokens=512, guidance=4.0)
+    | dict(student=f"{KLEIN}-4B"),  # the student starts from the step-distilled release
+    "flux2-9b": dict(family=Flux2, repo=f"{KLEIN}-base-9B", resolution=512, text_tokens=512, guidance=4.0)
+    | dict(student=f"{KLEIN}-9B"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# sampler
+
+
+@torch.no_grad()
+def sample_latents(backbone, prompts, sigmas, eta=0.0, guidance_scale=1.0, seed=0, indices=None, role="generator"):
+    """Latents [B, C, H, W] after walking `sigmas` (ending in 0). Image i's noise depends on (seed, indices[i])."""
+    indices = range(len(prompts)) if indices is None else indices
+    noise = Noise("sample", seed, indices, backbone.latent_shape, backbone.device)
+    cond, x = backbone.encode(prompts), noise.normal("start")
+    for j, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        v = backbone.velocity(role, x, sigma, cond, guidance_scale)
+        x = cps_step(x, v, sigma, sigma_next, eta, noise.normal(j) if eta > 0 and sigma_next > 0 else None)
+    return x
+
+
+@torch.no_grad()
+def decode_all(backbone, latents):
+    """Images [B, 3, H, W] on the CPU, decoded 8 of 512x512 at a time: a VAE takes far more memory than a step."""
+    n = max(1, 8 * 512**2 // backbone.resolution**2)
+    return torch.cat([backbone.decode(part).cpu() for part in latents.split(n)])
+
+
+# ===============================================================================================================
+# running: the paper does not need this. Command line, files, memory and speed, processes, the run itself
+# ===============================================================================================================
+
+# ---------------------------------------------------------------------------------------------------------------
+# command line and errors
+
+
+class Help(argparse.HelpFormatter):
+    """Every flag with its value; `--model sd35 --help` shows sd35's."""
+
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, argparse.SUPPRESS, [])
+        return action.help + (" [%(default)s]" if shown else "")
+
+
+def parser(description):
+    """An ArgumentParser that takes no shortened flags and tells the values in --help."""
+    return argparse.ArgumentParser(
+        description=description, usage=argparse.SUPPRESS, formatter_class=Help, allow_abbrev=False
+    )
+
+
+def parse_with_preset(p, presets, argv=None):
+    """p's arguments with the preset of --model under them; a run that is resumed goes on in its own folder."""
+    argv = sys.argv[1:] if argv is None else argv
+    known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    p.set_defaults(guidance_scale=BACKBONES[known.model]["guidance"])
+    p.set_defaults(**presets[known.model])
+    args = p.parse_args(argv)
+    if args.resume and args.out == p.get_default("out"):
+        args.out = args.resume.parent if (args.resume / "state.pt").is_file() else args.resume
+    return args
+
+
+def at_least(least):
+    """A flag's type: a whole number of at least `least`."""
+
+    def whole(text):
+        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
+            raise UserError(f"{text}: must be at least {least}, a whole number")
+        return int(text)
+
+    return whole
+
+
+def between(low, high=math.inf):
+    """A flag's type: a finite number, from `low` to `high`."""
+
+    def number(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            allowed = "" if low == -math.inf else f", at least {low}" if high == math.inf else f", {low} to {high}"
+            raise UserError(f"{text}: must be a finite number{allowed}")
+        return value
+
+    return number
+
+
+def path(text):
+    """A flag's type: a path; ~ is the home folder, also in --out=~/runs, where no shell says so."""
+    return Path(text).expanduser()
+
+
+class UserError(ValueError, argparse.ArgumentTypeError):
+    """Something a user can mend; a flag's type may raise it too. `run` prints it as one line and exits with 2."""
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def named_failure(what):
+    """A full disk, a read-only folder and the like become one line that says what could not be done."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # of json, safetensors and torch.save
+        raise UserError(f"{what}: {first_line(error)}") from error
+
+
+def run(main, args):
+    """A script's entry: main(args), with a UserError shown as one line."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a prompt or folder
+    try:
+        main(args)
+    except UserError as error:
+        if Run.bar:  # else it is drawn again below the message
+            Run.bar.close()
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if dist.is_initialized():  # not after an error: it could wait for the others, who wait for this process
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# weights and adapters on disk
+
+
+def load(
+    model,
+    weights=None,
+    generator_weights=None,
+    device="cpu",
+    dtype=torch.float32,
+    resolution=None,
+    with_student=True,
+    shard_mode="none",
+    offload_frozen=False,
+):
+    """A backbone by name. weights: a diffusers pipeline folder or hub id in place of the published one.
+
+    generator_weights: the same for the generator's own transformer; by default FLUX.2's published one, with `weights`
+    given that of `weights`. with_student=False leaves it out. shard_mode, offload_frozen: see `shard`.
+    """
+    if model not in BACKBONES:
+        raise UserError(f"unknown model {model!r}; allowed: {', '.join(BACKBONES)}")
+    import diffusers
+
+    quiet_libraries()
+    spec = BACKBONES[model]
+    family = spec["family"]
+    source = fetch(weights or spec["repo"], "--weights")
+    if not (source / "model_index.json").is_file():
+        raise UserError(f"--weights {source} is no diffusers pipeline folder: it has no model_index.json")
+    network, pipeline = (getattr(diffusers, name) for name in (family.network_class, family.pipeline))
+    with named_failure(f"--weights {source} is no whole pipeline folder"):
+        found = json.loads((source / "model_index.json").read_text()).get("_class_name")
+        if found != family.pipeline:
+            raise UserError(f"--weights {source} holds a {found}, and --model {model} needs a {family.pipeline}")
+        transformer = load_transformer(network, source / "transformer", dtype)
+        pipe = pipeline.from_pretrained(source, transformer=transformer, dtype=dtype, low_cpu_mem_usage=False)
+    own, student = generator_weights or (None if weights else spec.get("student")), None
+    if own and with_student:
+        folder = fetch(own, "--generator_weights", ("transformer",))
+        with named_failure(f"--generator_weights {folder} is no whole pipeline folder"):
+            student = load_transformer(network, folder / "transformer", dtype)
+    backbone = family(pipe, resolution or spec["resolution"], spec["text_tokens"], device, dtype, student)
+    shard(backbone, shard_mode, offload_frozen)
+    return backbone
+
+
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def fetch(source, flag, parts=PARTS):
+    """Path of a pipeline folder: local, or a snapshot of the hub's, the weights of `parts` only."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(source).startswith("."):
+        raise UserError(f"no weights at {source}: give a diffusers pipeline folder or a hub id with {flag}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(f"{part}/*.safetensors" for part in parts)]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # no network, no such repository, not logged in to a gated one
+        why = " ".join(str(error).split())[:300]
+        gated = " Accept its licence on its page, then `hf auth login`." if "gated" in why else ""
+        raise UserError(f"cannot fetch {source}: {why}{gated} Give a local pipeline folder with {flag}") from None
+
+
+def quiet_libraries():
+    """Errors only from diffusers and transformers: their notes on torchvision and progress bars hide our own."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def load_transformer(cls, folder, dtype):
+    """Build a diffusers transformer on the meta device and assign its safetensors shards: no random fill, one copy."""
+    config = cls.load_config(folder)
+    if config["_class_name"] != cls.__name__:
+        raise UserError(f"{folder} holds a {config['_class_name']}, and this backbone needs a {cls.__name__}")
+    with torch.device("meta"):
+        model = cls.from_config(config)
+    state = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        state |= load_tensors(file)
+    if not state:
+        raise UserError(f"no .safetensors weights in {folder}")
+    try:
+        model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+    except RuntimeError as error:  # missing, left-over or misshapen keys, all named
+        raise UserError(f"{folder} does not hold a {cls.__name__}: {' '.join(str(error).split())[:500]}") from None
+    return model.eval()
 
 
 # all that missing or broken files make safetensors and torch's unpickler raise
@@ -279,6 +734,24 @@ def load_tensors(path):
             raise UserError(f"{path} holds more than tensors, and pickled code is never run; save tensors") from None
         why = f"{type(error).__name__}: {str(error).split('. ')[0]}".strip(" :")
         raise UserError(f"{path} is no complete file of tensors ({why}): cut short, or a git-lfs pointer?") from None
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def save_adapter(transformer, name, folder):
+    """Write folder/pytorch_lora_weights.safetensors in diffusers' naming, for `pipe.load_lora_weights(folder)`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, modules = {}, lora_modules(transformer)
+    for path, m in modules.items():
+        for key, p in (("lora_A", m.lora_A[name]), ("lora_B", m.lora_B[name])):
+            tensors[f"transformer.{path}.{key}.weight"] = p.detach().cpu().contiguous()
+    rank = len(m.lora_A[name])
+    config = {"r": rank, "lora_alpha": m.scale[name] * rank, "target_modules": sorted(modules)}
+    config = {f"transformer.{key}": value for key, value in config.items()}
+    # one entry: safetensors writes several in random order, and equal adapters shall be equal files
+    save_file(tensors, folder / LORA_FILE, {"lora_adapter_metadata": json.dumps(config)})
 
 
 def read_adapter(source):
@@ -383,6 +856,10 @@ def merge_adapters(transformer, names):
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# memory and speed
+
+
 def needs_checkpointing(backbone, setting, samples):
     """setting "on" or "off" decides; "auto": would the activations of `samples` take over 70% of the GPU's free memory?
 
@@ -421,7 +898,7 @@ def saved_bytes(backbone):
 
     x, cond = torch.randn(1, *backbone.latent_shape, device=backbone.device), backbone.encode([""])
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        v = backbone.velocity(x.requires_grad_(), 0.5, cond)  # the graph must live until all is counted
+        v = backbone.velocity("generator", x.requires_grad_(), 0.5, cond)  # the graph must live until all is counted
     del v
     return sum(kept.values())
 
@@ -453,313 +930,6 @@ def compile_blocks(backbone):
     for network in backbone.networks():
         for block in blocks(network):
             block.forward = torch.compile(block.forward)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# backbones
-
-CLASSROOM = Path(__file__).resolve().parent / "classroom"
-FEW_STEPS = (1000, 750, 500, 250)  # raw timesteps of the four-step schedule, before the backbone's shift
-FACTS = ("family", "repo", "resolution", "text_tokens", "guidance")  # pixels a side; tokens of T5 or Qwen
-BACKBONES = {  # the rest is in a stage's PRESETS
-    "classroom": ("sd3", str(CLASSROOM / "teacher"), 64, 2, 3.0),  # its T5 is silent
-    "sd3": ("sd3", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, 128, 7.0),
-    "sd35": ("sd3", "stabilityai/stable-diffusion-3.5-medium", 512, 128, 4.5),
-    "flux1": ("flux1", "black-forest-labs/FLUX.1-dev", 512, 512, 3.5),
-    "flux2-4b": ("flux2", "black-forest-labs/FLUX.2-klein-base-4B", 512, 512, 4.0),
-    "flux2-9b": ("flux2", "black-forest-labs/FLUX.2-klein-base-9B", 512, 512, 4.0),
-}
-BACKBONES = {name: dict(zip(FACTS, row, strict=True)) for name, row in BACKBONES.items()}
-for size in ("4B", "9B"):  # the student starts from the step-distilled release
-    BACKBONES[f"flux2-{size.lower()}"]["student"] = f"black-forest-labs/FLUX.2-klein-{size}"
-ATTENTION = tuple(f"attn.{n}" for n in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split())
-CACHE_BYTES = 4e9  # host memory for prompt embeddings
-
-
-class Backbone:
-    """A diffusers pipeline, its transformer frozen and open to adapters.
-
-    `transformer` serves the teacher and the fake score, `student` the generator's roles: one object, but for FLUX.2,
-    whose generator starts from weights of its own. A subclass a family says what differs:
-        patch(pipe) -> latent pixels a side of one token        shape(side) -> latent_shape, side in VAE latent pixels
-        encode_texts(prompts) -> {keyword of the transformer: [B, ...]}
-        predict(network, x, sigma, cond, guidance_scale) -> one forward, [B, C, H, W] in and out, packing inside
-        set_timesteps(steps) -> the pipeline's own many-step schedule, in self.scheduler
-    """
-
-    lora_targets = ATTENTION
-    embedded_guidance = False  # the guidance scale is an input of the network, not a second pass
-
-    def __init__(self, pipe, resolution, text_tokens, device="cpu", dtype=torch.float32, student=None):
-        factor = pipe.vae_scale_factor * self.patch(pipe)  # pixels a side of one token
-        if resolution % factor:
-            below = resolution - resolution % factor
-            raise UserError(
-                f"resolution {resolution} does not divide by {factor}: try {below or factor} or {below + factor}"
-            )
-        self.pipe, self.device, self.dtype, self.text_tokens = pipe, torch.device(device), dtype, text_tokens
-        self.transformer, self.vae, self.scheduler = pipe.transformer, pipe.vae.requires_grad_(False), pipe.scheduler
-        self.student = self.transformer if student is None else student
-        self.vae.to(device, memory_format=torch.channels_last)
-        encoders = (getattr(pipe, f"text_encoder{n}", None) for n in ("", "_2", "_3"))
-        self.encoders = [encoder for encoder in encoders if encoder is not None]
-        self.offload_encoders = False  # text encoders wait on the CPU while they do not encode
-        self.resolution, self.image_tokens = resolution, (resolution // factor) ** 2
-        self.latent_shape = self.shape(resolution // pipe.vae_scale_factor)
-        for network in self.networks():
-            prepare_for_lora(network, self.lora_targets, self.device)
-        self.roles = {"teacher": (), "generator": (), "fake": ()}  # role -> names of its adapters
-        self._embeddings = {}  # prompt -> {name: its row}, on the CPU
-        self._kept = {}  # position ids
-        self.evaluations = 0  # of the network by one sample since the last log line; with gradient they count twice
-
-    def kept(self, key, make):
-        """make() on the device, once per key: the pipelines make position ids on the CPU, and a copy makes it wait."""
-        if key not in self._kept:
-            self._kept[key] = make().to(self.device)
-        return self._kept[key]
-
-    def networks(self):
-        """The different transformers: one, or FLUX.2's two."""
-        return [self.transformer] if self.student is self.transformer else [self.transformer, self.student]
-
-    def network(self, role):
-        """The transformer a role runs on, which also holds its adapters."""
-        return self.transformer if role in ("teacher", "fake") else self.student
-
-    @torch.no_grad()
-    def encode(self, prompts):
-        """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
-        for encoder in self.encoders if new else ():
-            encoder.to(self.device)
-        # A CPU takes one at a time: rounding must not depend on the neighbours, or a resumed run would differ in the
-        # last digit, as it may on a GPU. That takes eight: the logits of FLUX.2's encoder are a gigabyte then.
-        at_once = 1 if self.device.type == "cpu" else 8
-        for part in (new[i : i + at_once] for i in range(0, len(new), at_once)):
-            columns = {name: value.cpu().unbind() for name, value in self.encode_texts(part).items()}
-            for i, prompt in enumerate(part):
-                self._embeddings[prompt] = {name: column[i] for name, column in columns.items()}
-        for encoder in self.encoders if new and self.offload_encoders else ():
-            encoder.to("cpu")
-        rows = [self._embeddings[p] for p in prompts]
-        size = sum(value.nbytes for value in rows[0].values())
-        while len(self._embeddings) > max(2, CACHE_BYTES / size):  # the oldest go
-            del self._embeddings[next(iter(self._embeddings))]
-        return {name: to_device(torch.stack([row[name] for row in rows]), self.device) for name in rows[0]}
-
-    def velocity(self, x, sigma, cond, guidance_scale=1.0, uncond=None, role="generator"):
-        """v = noise - x0 as seen by a role, float32 [B, C, H, W]. sigma: float or [B] in [0, 1].
-
-        guidance_scale > 1 runs unconditional and conditional as one batch of 2B: v = v_u + scale (v_c - v_u). `uncond`
-        is `encode([""])`, one row for all samples or one each. Where guidance is embedded, one pass is told the scale.
-        """
-        x, network = x.float(), self.network(role)
-        sigma = per_sample(sigma, x).flatten().expand(len(x))
-        guided = self.passes(guidance_scale) == 2
-        if guided:
-            if uncond is None:
-                raise UserError('guidance_scale > 1 needs uncond: pass uncond=backbone.encode([""])')
-            cond = {key: torch.cat([uncond[key].expand_as(cond[key]), cond[key]]) for key in cond}
-            x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-        self.evaluations += len(x) * (1 + torch.is_grad_enabled())  # a frozen base's backward costs one forward
-        with adapters(network, *self.roles[role]), self.autocast():
-            v = self.predict(network, x, sigma, cond, guidance_scale).float()
-        if guided:
-            v_uncond, v_cond = v.chunk(2)  # NOTE(paper): the release runs FLUX's two passes one after the other
-            v = v_uncond + guidance_scale * (v_cond - v_uncond)
-        return v
-
-    @functools.cached_property
-    def flops(self):
-        """FLOP of one evaluation by one sample, as torch counts matrix products and attention."""
-        x, cond = torch.randn(1, *self.latent_shape, device=self.device), self.encode([""])
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.velocity(x, 0.5, cond)
-        return counter.get_total_flops()
-
-    def passes(self, guidance_scale):
-        """Network evaluations of one guided velocity."""
-        return 1 if self.embedded_guidance or guidance_scale <= 1 else 2
-
-    def decode(self, latents):
-        """Images [B, 3, H, W] in [0, 1], float32, differentiable in the latents [B, C, H, W]."""
-        z = self.vae_latents(latents)
-        return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
-
-    def vae_latents(self, latents):
-        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-
-    def sigmas(self, steps=FEW_STEPS):
-        """Noise levels ending in 0.0: of few raw timesteps, or of the pipeline's own schedule of `steps` steps."""
-        if isinstance(steps, int):
-            if self.family == "sd3":
-                self.scheduler.set_timesteps(steps)
-            else:
-                mu = dynamic_shift(self.scheduler, steps, self.image_tokens, self.family)
-                self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=mu)
-            return self.scheduler.sigmas.tolist()
-        return few_step_sigmas(self.scheduler, steps, self.image_tokens, self.family)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-
-class SD3(Backbone):
-    """SD3-M, SD3.5-M and the classroom: StableDiffusion3Pipeline. Latents [16, side / 8, side / 8]."""
-
-    family = "sd3"
-    pipeline, network_class = "StableDiffusion3Pipeline", "SD3Transformer2DModel"
-
-    @staticmethod
-    def patch(pipe):
-        return pipe.transformer.config.patch_size
-
-    def shape(self, side):
-        return (self.transformer.config.in_channels, side, side)
-
-    def encode_texts(self, prompts):
-        embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts,
-            None,
-            None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.text_tokens,
-        )
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-    def predict(self, network, x, sigma, cond, guidance_scale):
-        kwargs = dict(hidden_states=x.to(self.dtype), timestep=1000 * sigma, **cond)
-        return network(**kwargs, return_dict=False)[0]
-
-
-class Flux1(Backbone):
-    """FLUX.1-dev: FluxPipeline. Latents [16, side / 8, side / 8], packed 2x2 into tokens for the transformer."""
-
-    family = "flux1"
-    pipeline, network_class = "FluxPipeline", "FluxTransformer2DModel"
-
-    def __init__(self, pipe, *args, **kwargs):
-        self.embedded_guidance = pipe.transformer.config.guidance_embeds
-        super().__init__(pipe, *args, **kwargs)
-        for network in self.networks():
-            network.time_text_embed.register_forward_pre_hook(self.exact_levels)
-
-    def exact_levels(self, module, args):
-        """The network rounds time and guidance to bf16 under autocast, 849.1 to 848: put them back as they were."""
-        return (*self.levels, args[-1])
-
-    @staticmethod
-    def patch(pipe):
-        return 2
-
-    def shape(self, side):
-        return (self.transformer.config.in_channels // 4, side, side)
-
-    def encode_texts(self, prompts):
-        embeds, pooled, _ = self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=self.text_tokens)
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-    def predict(self, network, x, sigma, cond, guidance_scale):
-        (b, c, h, w), text = x.shape, cond["encoder_hidden_states"]
-        guidance = x.new_full((b,), guidance_scale) if self.embedded_guidance else None
-        self.levels = [1000 * number for number in (sigma, guidance) if number is not None]
-        ids = lambda: self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", x.dtype)  # noqa: E731
-        v = network(
-            hidden_states=self.pipe._pack_latents(x, b, c, h, w),
-            timestep=sigma,
-            guidance=guidance,
-            img_ids=self.kept(("image", x.shape), ids),
-            txt_ids=x.new_zeros(text.shape[1], 3),
-            **cond,
-            return_dict=False,
-        )[0]
-        return self.pipe._unpack_latents(v, 8 * h, 8 * w, 8)  # sizes as in pixels of a VAE with factor 8
-
-
-class Flux2(Backbone):
-    """FLUX.2-klein: Flux2KleinPipeline. Latents [128, side / 16, side / 16], patchified and normalised by the VAE."""
-
-    family = "flux2"
-    pipeline, network_class = "Flux2KleinPipeline", "Flux2Transformer2DModel"
-    lora_targets = (*ATTENTION, "attn.to_qkv_mlp_proj", "attn.to_out")  # the last two: single-stream blocks
-
-    @staticmethod
-    def patch(pipe):
-        return 2
-
-    def shape(self, side):
-        return (self.transformer.config.in_channels, side // 2, side // 2)
-
-    def encode_texts(self, prompts):
-        embeds, _ = self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=self.text_tokens)
-        return {"encoder_hidden_states": embeds}
-
-    def predict(self, network, x, sigma, cond, guidance_scale):
-        (b, c, h, w), text = x.shape, cond["encoder_hidden_states"]
-        v = network(  # float32 in: the network rounds its time to the dtype of hidden_states
-            hidden_states=self.pipe._pack_latents(x),
-            timestep=sigma,
-            guidance=None,
-            img_ids=self.kept(("image", x.shape), lambda: self.pipe._prepare_latent_ids(torch.empty(x.shape))),
-            txt_ids=self.kept(("text", text.shape), lambda: self.pipe._prepare_text_ids(torch.empty(text.shape))),
-            **cond,
-            return_dict=False,
-        )[0]
-        return v.transpose(1, 2).reshape(b, c, h, w)
-
-    def vae_latents(self, latents):
-        norm = self.vae.bn
-        mean, var = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
-        return self.pipe._unpatchify_latents(latents * (var + self.vae.config.batch_norm_eps).sqrt() + mean)
-
-
-FAMILIES = {cls.family: cls for cls in (SD3, Flux1, Flux2)}
-
-
-def load(
-    model,
-    weights=None,
-    generator_weights=None,
-    device="cpu",
-    dtype=torch.float32,
-    resolution=None,
-    with_student=True,
-    shard_mode="none",
-    offload_frozen=False,
-):
-    """A backbone by name. weights: a diffusers pipeline folder or hub id in place of the published one.
-
-    generator_weights: the same for the generator's own transformer; by default FLUX.2's published one, with `weights`
-    given that of `weights`. with_student=False leaves it out. shard_mode, offload_frozen: see `shard`.
-    """
-    if model not in BACKBONES:
-        raise UserError(f"unknown model {model!r}; allowed: {', '.join(BACKBONES)}")
-    import diffusers
-
-    quiet_libraries()
-    facts = BACKBONES[model]
-    family = FAMILIES[facts["family"]]
-    source = fetch(weights or facts["repo"], "--weights")
-    if not (source / "model_index.json").is_file():
-        raise UserError(f"--weights {source} is no diffusers pipeline folder: it has no model_index.json")
-    network, pipeline = (getattr(diffusers, name) for name in (family.network_class, family.pipeline))
-    with named_failure(f"--weights {source} is no whole pipeline folder"):
-        found = json.loads((source / "model_index.json").read_text()).get("_class_name")
-        if found != family.pipeline:
-            raise UserError(f"--weights {source} holds a {found}, and --model {model} needs a {family.pipeline}")
-        transformer = load_transformer(network, source / "transformer", dtype)
-        pipe = pipeline.from_pretrained(source, transformer=transformer, dtype=dtype, low_cpu_mem_usage=False)
-    own, student = generator_weights or (None if weights else facts.get("student")), None
-    if own and with_student:
-        folder = fetch(own, "--generator_weights", ("transformer",))
-        with named_failure(f"--generator_weights {folder} is no whole pipeline folder"):
-            student = load_transformer(network, folder / "transformer", dtype)
-    resolution = resolution or facts["resolution"]
-    backbone = family(pipe, resolution, facts["text_tokens"], device, dtype, student)
-    shard(backbone, shard_mode, offload_frozen)
-    return backbone
 
 
 def blocks(network):
@@ -800,97 +970,6 @@ def shard(backbone, mode="none", offload_frozen=False):
             fully_shard(module, **options)
 
 
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-
-
-def fetch(source, flag, parts=PARTS):
-    """Path of a pipeline folder: local, or a snapshot of the hub's, the weights of `parts` only."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(source).startswith("."):
-        raise UserError(f"no weights at {source}: give a diffusers pipeline folder or a hub id with {flag}")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(f"{part}/*.safetensors" for part in parts)]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # no network, no such repository, not logged in to a gated one
-        why = " ".join(str(error).split())[:300]
-        gated = " Accept its licence on its page, then `hf auth login`." if "gated" in why else ""
-        raise UserError(f"cannot fetch {source}: {why}{gated} Give a local pipeline folder with {flag}") from None
-
-
-def quiet_libraries():
-    """Errors only from diffusers and transformers: their notes on torchvision and progress bars hide our own."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def load_transformer(cls, folder, dtype):
-    """Build a diffusers transformer on the meta device and assign its safetensors shards: no random fill, one copy."""
-    config = cls.load_config(folder)
-    if config["_class_name"] != cls.__name__:
-        raise UserError(f"{folder} holds a {config['_class_name']}, and this backbone needs a {cls.__name__}")
-    with torch.device("meta"):
-        model = cls.from_config(config)
-    state = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        state |= load_tensors(file)
-    if not state:
-        raise UserError(f"no .safetensors weights in {folder}")
-    try:
-        model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
-    except RuntimeError as error:  # missing, left-over or misshapen keys, all named
-        raise UserError(f"{folder} does not hold a {cls.__name__}: {' '.join(str(error).split())[:500]}") from None
-    return model.eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# sampler
-
-
-@torch.no_grad()
-def sample_latents(backbone, prompts, sigmas, eta=0.0, guidance_scale=1.0, seed=0, indices=None, role="generator"):
-    """Latents [B, C, H, W] after walking `sigmas` (ending in 0). Image i's noise depends on (seed, indices[i])."""
-    indices = range(len(prompts)) if indices is None else indices
-    cond = backbone.encode(prompts)
-    uncond = backbone.encode([""]) if guidance_scale > 1 else None
-    shape, device = backbone.latent_shape, backbone.device
-    x = draw(torch.randn, shape, indices, "sample", seed, "start", device=device)
-    for j, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
-        v = backbone.velocity(x, sigma, cond, guidance_scale, uncond, role)
-        noise = None
-        if eta > 0 and sigma_next > 0:
-            noise = draw(torch.randn, shape, indices, "sample", seed, j, device=device)
-        x = cps_step(x, v, sigma, sigma_next, eta, noise)
-    return x
-
-
-@torch.no_grad()
-def decode_all(backbone, latents):
-    """Images [B, 3, H, W] on the CPU, decoded 8 of 512x512 at a time: a VAE takes far more memory than a step."""
-    n = max(1, 8 * 512**2 // backbone.resolution**2)
-    return torch.cat([backbone.decode(part).cpu() for part in latents.split(n)])
-
-
-def sample_grid(backbone, prompts, sigmas, args, rank, name):
-    """Write args.out/samples/<name>: the same prompts and noise each time, by the EMA generator."""
-    if rank > 0 and args.shard == "none":
-        return  # sharded networks need every process for a forward
-    evaluations = backbone.evaluations
-    latents = sample_latents(backbone, prompts, sigmas, args.eta, role="ema")
-    backbone.evaluations = evaluations  # the grid is no part of the training's pace
-    if rank == 0:
-        images = decode_all(backbone, latents)
-        with named_failure(f"cannot write to {args.out}/samples"):
-            save_grid(images, Path(args.out) / "samples" / name, columns=8)
-
-
 PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s; the first name that fits counts
 PEAK |= {"A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
@@ -916,22 +995,8 @@ def speed(backbone, seconds, steps, images):
     return row
 
 
-def save_grid(images, path, columns, gap=2):
-    """Write images [B, 3, H, W] in [0, 1] as one picture, `gap` white pixels between them."""
-    from PIL import Image
-
-    b, c, h, w = images.shape
-    rows = -(-b // columns)
-    sheet = torch.ones(rows * columns, c, h + gap, w + gap)
-    sheet[:b, :, :h, :w] = images.cpu()
-    sheet = sheet.view(rows, columns, c, h + gap, w + gap).permute(0, 3, 1, 4, 2)
-    sheet = sheet.reshape(rows * (h + gap), columns * (w + gap), c)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((sheet * 255).round().byte().numpy()).save(path)
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# processes and random numbers
+# processes
 
 
 def setup_distributed(device=None):
@@ -950,6 +1015,11 @@ def setup_distributed(device=None):
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return rank, world_size, torch.device(device)
+
+
+def linear_decay(step, steps, share):
+    """1, falling to 0 over the last `share` of the steps: what a learning rate is multiplied by."""
+    return min(1.0, (steps - step) / (share * steps)) if share else 1.0
 
 
 def average_gradients(parameters, world_size):
@@ -977,45 +1047,15 @@ def step_optimizer(optimizer, lr, world_size, skip_nonfinite=False):
     return norm
 
 
-class Patience:
-    """Counts gradients of each term that are not finite; more than `most` in a row stop the run."""
-
-    def __init__(self, most, out, in_a_row=(), total=0):
-        self.most, self.out, self.in_a_row, self.total = most, out, dict(in_a_row), total
-
-    def skipped(self, norm, step, term):
-        """True if step `step` was skipped, which its log line should not average in."""
-        if not self.most or norm.isfinite():
-            self.in_a_row[term] = 0
-            return False
-        self.in_a_row[term], self.total = self.in_a_row.get(term, 0) + 1, self.total + 1
-        if self.in_a_row[term] > self.most:
-            stop_nonfinite(step, f"{term}, {self.in_a_row[term]} times in a row,", self.out)
-        return True
-
-
-def stop_nonfinite(step, term, out):
-    raise SystemExit(f"step {step}: {term} is not finite; nothing was saved from here on. Checkpoints: {out}/step_*")
-
-
 def rows_over_ranks(rows, world_size):
-    """[{name: scalar tensor}] -> [{name: float}], averaged over ranks, all rows in one device sync."""
-    values = [value.detach().float() for row in rows for value in row.values()]
-    if not values:
-        return [{} for _ in rows]
-    values = torch.stack(values)
-    if world_size > 1:
+    """[{name: scalar tensor or number}] -> [{name: float}]; tensors are averaged over ranks, all in one device sync."""
+    values = [value.float() for row in rows for value in row.values() if torch.is_tensor(value)]
+    if values and world_size > 1:
+        values = torch.stack(values)
         dist.all_reduce(values)
-        values /= world_size
-    values = iter(values.tolist())
-    return [{name: next(values) for name in row} for row in rows]
-
-
-def check_finite(row, step, out):
-    """Stop the run if a logged value is not finite, naming what follows from others, as the generator's, last."""
-    bad = [name for name, value in row.items() if not math.isfinite(value)]
-    if bad:
-        stop_nonfinite(step, min(bad, key=lambda name: ("generator" in name, not name.startswith("loss"))), out)
+        values = values / world_size
+    values = iter(torch.stack(tuple(values)).tolist() if len(values) else ())
+    return [{name: next(values) if torch.is_tensor(v) else v for name, v in row.items()} for row in rows]
 
 
 def gather(objects, world_size):
@@ -1027,21 +1067,340 @@ def gather(objects, world_size):
     return [item for items in lists for item in items]
 
 
-def seeded(*key):
-    """A CPU generator that depends on nothing but the key, e.g. (seed, step, rank, "rollout"); stable over processes.
+# ---------------------------------------------------------------------------------------------------------------
+# the run: its folder, log, sample grids, checkpoints and stops
 
-    Drawing anew for every step from its own key is what makes a resumed run equal an uninterrupted one.
+
+class Run:
+    """A training run apart from its method; the loop stays the stage's.
+
+        run = Run(args, "steps", __file__)             processes, folder, the checkpoint that --resume names
+        backbone = run.load_backbone()                 as the flags say
+        a, b = run.adapters({"a": network, ...}, 32)   fresh ones, or the checkpoint's
+        run.begin(backbone, pairs, optimizers, n)      the optimisers' state, the log; says what is not as it was
+        for step in run.steps("AC-DMD"):               from 0; after each one sample grid, checkpoint, stop, as due
+            run.log(step, row)
+
+    An --out belongs to one process group at a time, and only what a run wrote is ever deleted. What a user can mend is
+    refused in the first line, before weights load: a folder in use, a run that is there already, a torn checkpoint or
+    one of another script or --rank, a missing package.
     """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    lock = None  # open while this process trains in a folder; the system lets go of it however the process ends
+    bar = None
+
+    def __init__(self, args, count, script):
+        self.args, self.count, self.total, self.script = args, count, getattr(args, count), Path(script)
+        self.rank, self.world_size, self.device = setup_distributed(args.device)
+        self.print = print if self.rank == 0 else lambda *_: None
+        self.out, self.pinned = Path(args.out).resolve(), {}
+        self.take_lock()
+        self.state = self.read_state()
+        self.start = self.state["step"] if self.state else 0
+        if self.start > self.total:
+            raise UserError(f"--{count} {self.total}: the run is at {self.start} already")
+        self.finished = self.start == self.total and (self.out / "final").is_dir()
+        if self.finished:
+            self.print(f"nothing left to train: {args.out}/final is the run's end, step {self.start}")
+        resumed = self.state["folder"].resolve() if self.state else None
+        partial = [p for p in self.out.glob(".*.partial") if re.fullmatch(r"\.(step_\d+|final)\.partial", p.name)]
+        later = [p for p in step_folders(self.out) if int(p.name[5:]) > self.start]
+        self.stale = [p for p in (*later, *partial, *self.out.glob("final")) if p.is_dir() and p != resumed]
+        self.stop = StopSignal()
+
+    def take_lock(self):
+        """Lock --out for this process group: taken before the look into the folder, held to the end."""
+        error = None
+        if self.rank == 0:
+            try:
+                with named_failure(f"cannot write to --out {self.args.out}"):
+                    self.out.mkdir(parents=True, exist_ok=True)
+                    self.lock_folder()
+            except UserError as failure:
+                error = str(failure)
+        error = gather([error], self.world_size)[0]
+        if error:
+            raise UserError(error)
+
+    def lock_folder(self):
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        if Run.lock:  # a process has one run at a time
+            Run.lock.close()
+        Run.lock = (self.out / ".lock").open("a+")
+        try:
+            fcntl.flock(Run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            Run.lock.seek(0)
+            holder = Run.lock.read().strip() or "another process"
+            raise UserError(f"--out {self.args.out} is in use by {holder}: let it end, or give another --out") from None
+        except OSError as error:  # a file system without locks
+            print(f"{self.out} cannot be locked ({first_line(error)}): start no second run there")
+        Run.lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=Run.lock, flush=True)
+
+    def read_state(self):
+        """The state of the checkpoint that --resume names, or None; refuses what cannot become a run."""
+        args, state = self.args, None
+        if args.resume:
+            state = read_checkpoint(args.resume)
+            scripts = [p.name for p in state["folder"].glob("*.py")]
+            if self.script.name not in scripts:
+                raise UserError(f"--resume {state['folder']} is of {', '.join(scripts)}, not of {self.script.name}")
+            was = state["args"].get("rank")
+            if was != vars(args).get("rank"):
+                raise UserError(f"--rank {args.rank}: the adapters of this run have rank {was}, and keep it")
+        whole = [*step_folders(self.out), *self.out.glob("final")]
+        if whole and (args.resume is None or self.out not in (args.resume.resolve(), args.resume.resolve().parent)):
+            raise UserError(
+                f"--out {self.out} holds a run ({whole[-1].name}): go on with --resume {self.out}, or give a new "
+                "folder with --out"
+            )
+        if args.wandb and importlib.util.find_spec("wandb") is None:
+            raise UserError("--wandb needs a package: pip install wandb")
+        if args.weights and not args.generator_weights and "student" in BACKBONES[args.model]:
+            raise UserError(
+                f"--weights without --generator_weights: the generator of {args.model} starts from weights of its own, "
+                "the step-distilled release; give its folder (or that of --weights again)"
+            )
+        return state
+
+    def pin(self, flag, value):
+        """A value that must be what it was when the run began, else the flag is refused."""
+        self.pinned[flag] = value
+        if self.state and self.state.get(flag, value) != value:
+            raise UserError(f"--{flag} {getattr(self.args, flag)}: not the adapters that this run began with")
+
+    def load_backbone(self):
+        a = self.args
+        sources, dtype = (a.model, a.weights, a.generator_weights), getattr(torch, a.dtype)
+        backbone = load(*sources, self.device, dtype, a.resolution, True, a.shard, a.offload_frozen)
+        backbone.offload_encoders = a.offload_encoders
+        return backbone
+
+    def adapters(self, networks, rank, init_std=None):
+        """Parameters of each adapter; networks: {adapter: its transformer}. One named ..._ema begins as its twin."""
+        self.networks = networks
+        for name, network in networks.items():
+            trainable = not name.endswith("_ema")
+            if self.state:
+                load_adapter(network, name, self.state["folder"] / name, trainable)
+            else:
+                init = seeded(self.args.seed, "init", name.removesuffix("_ema"))
+                add_adapter(network, name, rank, 2 * rank, init_std, init, trainable)
+        return [adapter_parameters(network, name) for name, network in networks.items()]
+
+    def begin(self, backbone, pairs, optimizers, images):
+        """pairs: [(prompt, metadata)], the first 16 are sampled; optimizers: {role: optimiser}; images: of one step."""
+        self.backbone, self.optimizers, self.images = backbone, optimizers, images
+        self.shown = [prompt for prompt, _ in pairs[:16]]
+        for role, optimizer in optimizers.items() if self.state else ():
+            optimizer.load_state_dict(self.state["optimizers"][role])
+        self.rows, (self.in_a_row, self.skipped) = [], (self.state or {}).get("skipped", (0, 0))
+        self.file = self.wandb = None
+        if self.rank == 0:
+            digest = hashlib.sha256(json.dumps(pairs, default=str).encode()).hexdigest()[:16]
+            facts = {"world size": self.world_size, "prompts read": f"{len(pairs)}, sha256 {digest}"}
+            with named_failure(f"cannot write to --out {self.args.out}"):
+                self.open_log(json.loads(json.dumps(vars(self.args), default=str)) | facts)
+
+    def open_log(self, settings):
+        """args.json and log.jsonl; rows and checkpoints beyond the step that the run goes on from are dropped."""
+        if self.state:
+            print(f"going on from step {self.start}, {self.state['folder']}")
+        for name, was in (self.state["args"] if self.state else {}).items():
+            if name not in ("out", "resume") and was != settings.get(name):
+                flag = f"--{name}" if hasattr(self.args, name) else name
+                print(f"not as before step {self.start}: {flag} was {was}, is {settings.get(name)}")
+        self.settings = json.dumps(settings, indent=2) + "\n"
+        (self.out / "args.json").write_text(self.settings)
+        log = self.out / "log.jsonl"
+        rows = log.read_text().splitlines() if self.start and log.is_file() else []
+        log.write_text("".join(row + "\n" for row in rows if step_of(row) <= self.start))
+        for old in self.stale:
+            shutil.rmtree(old)
+            print(f"dropped {old}, which is not of this run up to step {self.start}")
+        self.file = log.open("a")
+        if self.args.wandb:
+            import wandb
+
+            self.wandb = wandb.init(dir=self.out, config=vars(self.args))
+
+    def steps(self, name):
+        """The steps that are left, from 0. What is due after a step is done when the next one is asked for."""
+        shown = dict(desc=name, initial=self.start, total=self.total, disable=self.rank > 0)
+        self.bar = Run.bar = tqdm(**shown)
+        self.since = time.perf_counter()
+        every = self.args.sample_every
+        for step in range(self.start, self.total):
+            yield step
+            done, stopped = step + 1, self.stop.agreed(self.world_size)
+            saving = done % self.args.save_every == 0 or done == self.total or stopped
+            if saving:  # what is not finite must stop the run before it is saved
+                self.write_rows()
+            paused = time.perf_counter()
+            if every and (done % every == 0 or step == 0):
+                self.sample_grid(done)
+            if saving:
+                self.save(done)
+            self.since += time.perf_counter() - paused  # grids and checkpoints are no part of the training's pace
+            self.bar.update()
+            if stopped:
+                return self.say_stopped(done)
+        self.save(self.total, final=True)
+        self.close(f"done: {self.args.out}/final")
+
+    def interrupted(self, step):
+        """True if a stop was asked for within step `step`, of which nothing is learned yet: its draws come back."""
+        if self.stop.agreed(self.world_size):
+            self.save(step)
+            self.say_stopped(step)
+        return self.stop.asked
+
+    def say_stopped(self, step):
+        go_on = f"go on with the same command and --resume {self.args.out}"
+        self.close(f"\nstopped after {self.count.removesuffix('s')} {step}; {go_on}")
+
+    def close(self, farewell):
+        self.bar.close()
+        self.print(farewell)
+        for file in (self.file, Run.lock):
+            if file:
+                file.close()
+        Run.lock = None
+
+    def log(self, step, row):
+        """row: {name: number or scalar on the device}; written --log_every steps together, in one device sync."""
+        self.rows.append((step + 1, {k: v.detach() if torch.is_tensor(v) else v for k, v in row.items()}))
+        if (step + 1) % vars(self.args).get("log_every", 1) == 0:
+            self.write_rows()
+
+    def write_rows(self):
+        rows = rows_over_ranks([row for _, row in self.rows], self.world_size)
+        n, now = len(rows), time.perf_counter()
+        pace = speed(self.backbone, now - self.since, n, self.images * n) if n else {}
+        self.since = now
+        for (step, _), row in zip(self.rows, rows, strict=True):
+            self.drop_nonfinite(step, row)
+            row = {"step": step, **row, "skipped": self.skipped, **pace}
+            row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k.startswith(SHOWN)}, refresh=False)
+            if self.file:
+                with named_failure(f"cannot write to {self.file.name}"):
+                    print(json.dumps(row), file=self.file, flush=True)
+            if self.wandb:
+                self.wandb.log(row)
+        self.rows = []
+
+    def drop_nonfinite(self, step, row):
+        """Values that are not finite stop the run, unless --skip_nonfinite lets some steps in a row pass uncounted."""
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
+        self.in_a_row, self.skipped = (self.in_a_row + 1, self.skipped + 1) if bad else (0, self.skipped)
+        if self.in_a_row > self.args.skip_nonfinite:
+            # what follows from others, as the generator's loss from a broken fake score, is not the one to name
+            cause = min(bad, key=lambda name: ("generator" in name, not name.startswith("loss")))
+            times = f", {self.in_a_row} times in a row," if self.in_a_row > 1 else ""
+            kept = f"nothing was saved from here on. Checkpoints: {self.args.out}/step_*"
+            raise SystemExit(f"step {step}: {cause}{times} is not finite; {kept}")
+        for name in bad:
+            del row[name]
+
+    def sample_grid(self, done):
+        """Write a picture of the EMA generator's samples: the same prompts and noise each time."""
+        if self.rank > 0 and self.args.shard == "none":
+            return  # sharded networks need every process for a forward
+        backbone, evaluations = self.backbone, self.backbone.evaluations
+        latents = sample_latents(backbone, self.shown, backbone.sigmas(), self.args.eta, role="ema")
+        backbone.evaluations = evaluations  # the grid is no part of the training's pace
+        if self.rank == 0:
+            file = self.out / "samples" / f"{self.count.removesuffix('s')}_{done:06d}.png"
+            save_grid(decode_all(backbone, latents), file, columns=8)
+
+    def save(self, step, final=False):
+        """Write out/step_NNNNNN (or out/final) aside, flush it, then rename it; of older ones the newest stays, and
+        each --keep_every-th. A process killed at any moment leaves whole checkpoints only. Adapters: folders that
+        diffusers can load; state.pt: optimisers and counters; the script is copied for the record."""
+        if self.rank > 0:
+            return
+        target = self.out / ("final" if final else f"step_{step:06d}")
+        aside = target.with_name(f".{target.name}.partial")
+        whole = step_folders(self.out)
+        hint = f"the last good checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
+        optimizers = {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()}
+        state = {"step": step, "optimizers": optimizers, "skipped": (self.in_a_row, self.skipped), **self.pinned}
+        with named_failure(f"cannot save {target} ({hint})"):
+            shutil.rmtree(aside, ignore_errors=True)
+            for name, network in self.networks.items():
+                save_adapter(network, name, aside / name)
+            torch.save(state, aside / "state.pt")
+            (aside / "args.json").write_text(self.settings)
+            shutil.copy(self.script, aside)
+            put_in_place(aside, target)
+        for old in step_folders(self.out)[:-2]:
+            if not self.args.keep_every or int(old.name[5:]) % self.args.keep_every:
+                shutil.rmtree(old)
 
 
-def draw(kind, shape, indices, *key, device="cpu"):
-    """torch.randn or torch.rand of [len(indices), *shape] in which row i depends on (key, indices[i]) alone.
+SHOWN = ("reward/", "eval/", "grad_norm/generator", "loss/cons")  # beside the progress bar
 
-    Samples are numbered over all ranks, so a run draws the same whether one process holds the batch or several do.
-    """
-    return to_device(torch.stack([kind(shape, generator=seeded(*key, int(i))) for i in indices]), device)
+
+def put_in_place(aside, target):
+    """Rename a finished folder to its name; the rename must not reach the disk before the files do."""
+    for path in [*aside.rglob("*"), aside]:
+        flush(path)
+    if target.exists():
+        shutil.rmtree(target)
+    aside.rename(target)
+    flush(target.parent)
+
+
+def flush(path):
+    """Have the operating system write a file or folder to the disk."""
+    if os.name == "posix" or path.is_file():  # Windows cannot open folders
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def step_folders(out):
+    """A run's checkpoints in order: folders named step_ and digits, and nothing else that a user may have put there."""
+    folders = [p for p in Path(out).glob("step_*") if re.fullmatch(r"step_\d+", p.name) and p.is_dir()]
+    return sorted(folders, key=lambda p: int(p.name[5:]))
+
+
+def read_checkpoint(folder):
+    """state.pt of a checkpoint, or of a run's newest, with its "args" and "folder"; a UserError if a file is torn."""
+    folder = Path(folder)
+    if not (folder / "state.pt").is_file():
+        steps = step_folders(folder)
+        if not steps:
+            raise UserError(f"--resume {folder}: no checkpoint there; give a run folder or one of its step_NNNNNN")
+        folder = steps[-1]
+    older = step_folders(folder.parent)
+    older = older[: older.index(folder)] if folder in older else older
+    hint = f"the next older one: --resume {older[-1]}" if older else "there is no older one beside it"
+    try:
+        state = load_tensors(folder / "state.pt")
+        if not isinstance(state, dict) or not {"step", "optimizers"} <= set(state):
+            raise UserError("state.pt is no training state")
+        with named_failure("args.json"):
+            state["args"] = json.loads((folder / "args.json").read_text())
+        for adapter in folder.iterdir():
+            if adapter.is_dir():
+                read_adapter(adapter)
+    except UserError as error:
+        raise UserError(f"{folder} is torn or no checkpoint: {first_line(error)}; {hint}") from error
+    return state | {"folder": folder}
+
+
+def step_of(line):
+    """Step of a log line; infinity for a line that a killed process left half written."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
 
 
 class StopSignal:
@@ -1069,190 +1428,15 @@ class StopSignal:
         return self.asked
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# state: EMA, log, checkpoints
+def save_grid(images, path, columns, gap=2):
+    """Write images [B, 3, H, W] in [0, 1] as one picture, `gap` white pixels between them."""
+    from PIL import Image
 
-
-class EMA:
-    """Exponential moving average: `average` follows `parameters`.
-
-    decay: fixed (stage 1), or with `warmup` min(decay, (1 + n) / (10 + n)) (stage 2). `update(n)` follows the n-th
-    optimiser step and acts when n + 1 is a multiple of `every` (the release's counting; its stage 2 begins at n = 1).
-    """
-
-    def __init__(self, parameters, average, decay, every=1, warmup=False):
-        self.parameters, self.average = list(parameters), list(average)
-        self.decay, self.every, self.warmup = decay, every, warmup
-
-    @torch.no_grad()
-    def update(self, n):
-        if (n + 1) % self.every == 0:
-            decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-
-
-def check_run(args, script):
-    """The state of the checkpoint that --resume names, or None; raises a UserError before any weights load if there is
-    none of this script, it is torn or of another --rank, --out cannot be written or holds another run's checkpoints,
-    --wandb has no package, or FLUX.2's generator would start from wrong weights.
-    """
-    out, state = Path(args.out).resolve(), None
-    if args.resume:
-        state = read_checkpoint(args.resume)
-        scripts = [path.name for path in state["folder"].glob("*.py")]
-        if Path(script).name not in scripts:
-            raise UserError(f"--resume {state['folder']} is of {', '.join(scripts)}, not of {Path(script).name}")
-        was = state["args"].get("rank")
-        if was != vars(args).get("rank"):
-            raise UserError(f"--rank {args.rank}: the adapters of this run have rank {was}, and keep it")
-    whole = [*sorted(out.glob("step_*")), *out.glob("final")]
-    if whole and (args.resume is None or out not in (args.resume.resolve(), args.resume.resolve().parent)):
-        raise UserError(
-            f"--out {out} holds a run ({whole[-1].name}): go on with --resume {out}, or give a new folder with --out"
-        )
-    with named_failure(f"cannot write to --out {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-    if args.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("--wandb needs a package: pip install wandb")
-    if args.weights and not args.generator_weights and "student" in BACKBONES[args.model]:
-        raise UserError(
-            f"--weights without --generator_weights: the generator of {args.model} starts from weights of its own, the "
-            "step-distilled release; give its folder (or that of --weights again)"
-        )
-    return state
-
-
-class RunLog:
-    """log.jsonl, and Weights & Biases if asked for. On other ranks than 0 it does nothing.
-
-    state: of the checkpoint the run goes on from, or None. Rows of the log beyond its step are dropped, with their
-    checkpoints, and so is what a killed process left half written. What is dropped is printed, and which settings are
-    not as they were.
-    """
-
-    def __init__(self, rank, args, state=None):
-        self.file, self.wandb = None, None
-        if rank > 0:
-            return
-        out, start = Path(args.out), state["step"] if state else 0
-        log = out / "log.jsonl"
-        if state:
-            print(f"going on from step {start}, {state['folder']}")
-        settings = json.loads(json.dumps(vars(args), default=str))
-        for name, was in (state["args"] if state else {}).items():
-            if name not in ("out", "resume") and was != settings.get(name):
-                print(f"not as before step {start}: --{name} was {was}, is {settings.get(name)}")
-        with named_failure(f"cannot write to --out {out}"):
-            (out / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
-            rows = log.read_text().splitlines() if start and log.is_file() else []
-            log.write_text("".join(row + "\n" for row in rows if step_of(row) <= start))
-            kept = state["folder"].resolve() if state else None
-            for old in [*out.glob("step_*"), *out.glob(".*.partial"), out / "final"]:
-                newer = not old.name.startswith("step_") or int(old.name[5:]) > start
-                if old.is_dir() and newer and old.resolve() != kept:
-                    shutil.rmtree(old)
-                    print(f"dropped {old}, which is not of this run up to step {start}")
-            self.file = log.open("a")
-        if args.wandb:
-            import wandb as wandb_package
-
-            self.wandb = wandb_package.init(dir=out, config=vars(args))
-
-    def write(self, **row):
-        if self.file:
-            row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-            with named_failure(f"cannot write to {self.file.name}"):
-                print(json.dumps(row), file=self.file, flush=True)
-            if self.wandb:
-                self.wandb.log(row)
-
-
-def step_of(line):
-    """Step of a log line; infinity for a line that a killed process left half written."""
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return math.inf
-
-
-@contextlib.contextmanager
-def named_failure(what):
-    """A full disk, a read-only folder and the like become one line that says what could not be done."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # of json, safetensors and torch.save
-        raise UserError(f"{what}: {first_line(error)}") from error
-
-
-def save_checkpoint(out, step, home, state, args, source, final=False):
-    """Write out/step_NNNNNN (or out/final) aside, flush it, then rename it; older step folders but one go.
-
-    home: {adapter: its transformer}, each a folder that diffusers can load; `state` (optimisers, counters): state.pt;
-    source: the script, copied for the record. A process killed at any moment leaves whole checkpoints only.
-    """
-    target = Path(out) / ("final" if final else f"step_{step:06d}")
-    aside = target.with_name(f".{target.name}.partial")
-    whole = sorted(Path(out).glob("step_*"))
-    hint = f"the last good checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
-    with named_failure(f"cannot save {target} ({hint})"):
-        shutil.rmtree(aside, ignore_errors=True)
-        for name, transformer in home.items():
-            save_adapter(transformer, name, aside / name)
-        torch.save({"step": step, **state}, aside / "state.pt")
-        (aside / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
-        shutil.copy(source, aside)
-        for path in [*aside.rglob("*"), aside]:  # the rename must not reach the disk before the files do
-            flush(path)
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
-        flush(target.parent)
-    for old in sorted(Path(out).glob("step_*"))[:-2]:
-        shutil.rmtree(old)
-    return target
-
-
-def flush(path):
-    """Have the operating system write a file or folder to the disk."""
-    if os.name == "posix" or path.is_file():  # Windows cannot open folders
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def newest_checkpoint(folder):
-    """The checkpoint folder itself, or the newest one of a run folder."""
-    folder = Path(folder)
-    if (folder / "state.pt").is_file():
-        return folder
-    steps = sorted(folder.glob("step_*"))
-    if not steps:
-        raise UserError(f"--resume {folder}: no checkpoint there; give a run folder or one of its step_NNNNNN folders")
-    return steps[-1]
-
-
-def read_checkpoint(folder):
-    """state.pt of a checkpoint, or of a run's newest, with its "args" and "folder"; a UserError if a file is torn."""
-    folder = newest_checkpoint(folder)
-    older = [path for path in sorted(folder.parent.glob("step_*")) if path.name < folder.name]
-    hint = f"the next older one: --resume {older[-1]}" if older else "there is no older one beside it"
-    try:
-        state = load_tensors(folder / "state.pt")
-        if not isinstance(state, dict) or not {"step", "optimizer", "optimizer_fake"} <= set(state):
-            raise UserError("state.pt is no training state")
-        with named_failure("args.json"):
-            state["args"] = json.loads((folder / "args.json").read_text())
-        for adapter in folder.iterdir():
-            if adapter.is_dir():
-                read_adapter(adapter)
-    except UserError as error:
-        raise UserError(f"{folder} is torn or no checkpoint: {first_line(error)}; {hint}") from error
-    return state | {"folder": folder}
-
-
-def load_checkpoint(state, home):
-    """Add the adapters of `home`, {name: transformer}, from the checkpoint whose state `read_checkpoint` gave."""
-    for name, transformer in home.items():
-        load_adapter(transformer, name, state["folder"] / name, trainable=not name.endswith("_ema"))
+    b, c, h, w = images.shape
+    rows = -(-b // columns)
+    sheet = torch.ones(rows * columns, c, h + gap, w + gap)
+    sheet[:b, :, :h, :w] = images.cpu()
+    sheet = sheet.view(rows, columns, c, h + gap, w + gap).permute(0, 3, 1, 4, 2)
+    sheet = sheet.reshape(rows * (h + gap), columns * (w + gap), c)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((sheet * 255).round().byte().numpy()).save(path)

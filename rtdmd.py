@@ -5,13 +5,14 @@ Distribution Matching" (arXiv 2605.26108). KL(p_theta || p_psi exp(beta r) / Z) 
 const. The leash is stage 1's L_G, weighed by dm_weight in place of 1 / beta. The reward's gradient has two parts,
 policy_weight's and bp_weight's, because the last of four steps is deterministic. An epoch:
 
-1. Choose 2 of the 3 stochastic steps (SubGRPO).
+1. Choose C = 2 of the 3 stochastic steps (SubGRPO).
 2. Sample groups of K images a prompt, 4 CPS steps. Steps not chosen share one noise per prompt.
 3. Reward every image; advantage = reward less its group's mean, over the global deviation.
 4. Fake score: one optimiser step of L_fake on the finished samples (s = 0).
-5. Generator, one optimiser step on the mean of
-      chosen steps:  max(-A ratio, -A clip(ratio))                                  policy gradient
-      last step:     dm_weight L_G + bp_weight relu(margin - R(decode(x0_hat)))     leash, and the reward's own gradient
+5. Generator, one optimiser step of
+      L = 1/(C+1) [ sum_j policy_weight L_policy,j + dm_weight L_G + bp_weight mean(relu(margin - R)) ]
+   L_policy,j: clipped policy gradient of chosen step j. L_G (the leash) and R (the reward itself, differentiated) are
+   of the last step's x0_hat.
 6. EMA of the trainable adapter.
 
 Stage 1's adapters stay, frozen, under fresh ones: generator = [distilled, rl], fake score = [fake, fake_rl].
@@ -20,22 +21,17 @@ Stage 1's adapters stay, frozen, under fresh ones: generator = [distilled, rl], 
     torchrun --nproc_per_node=8 rtdmd.py --model sd35 --distilled DIR --prompts FILE --rewards clipscore=1,geneval=1
 
 Writes to --out: args.json, log.jsonl, samples/, step_NNNNNN/ and final/ with the adapters rl, rl_ema and fake_rl.
-`sample.py --lora DIR/generator_ema --lora OUT/final/rl_ema` shows the result.
+`sample.py --lora DIR/generator_ema --lora OUT/final/rl_ema` shows the result. Stops and resumes as acdmd.py does.
 """
 
-import argparse
 import math
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 import models
 import rewards
-from models import cps_log_prob, cps_step, per_sample, seeded, step_optimizer
+from models import at_least, between, cps_mean, cps_step, per_sample, seeded, step_optimizer, to_device
 
 DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
@@ -74,22 +70,26 @@ WEAK_TASKS = {"counting": 2, "two_object": 2, "position": 2, "color_attr": 2}
 
 
 def parse_args(argv=None):
-    options = dict(usage=argparse.SUPPRESS, formatter_class=models.Help, allow_abbrev=False)
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
+    p = models.parser(__doc__.splitlines()[0])
     add = p.add_argument
     add("--model", default="classroom", choices=PRESETS, help="backbone; picks the preset that other flags override")
     add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
     add("--generator_weights", help="the same for the generator alone (FLUX.2: its step-distilled release)")
-    add("--resolution", type=int, help="pixels a side (default: the backbone's)")
-    add("--distilled", type=Path, help="stage 1's final/ folder: its generator_ema and fake adapters are the start")
-    add("--prompts", type=Path, help=".jsonl with GenEval metadata (or .txt); the classroom makes its own")
-    add("--rewards", default=PUBLISHED, help="name=weight,...; the differentiable ones also back-propagate")
-    add("--reward_dir", type=Path, help="folder with reward weights that are not taken from the hub")
-    add("--reward_batch_size", type=int, help="images a scorer takes at once (default: --batch_size)")
+    add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
+    add("--distilled", type=models.path, help="stage 1's final/ folder: its generator_ema and fake adapters")
+    add("--prompts", type=models.path, help="prompt file, for geneval with its metadata; the classroom makes its own")
+    add(
+        "--rewards",
+        type=rewards.parse_weights,
+        default=PUBLISHED,
+        help="name=weight,...; the differentiable ones also back-propagate",
+    )
+    add("--reward_dir", type=models.path, help="folder with reward weights that are not taken from the hub")
+    add("--reward_batch_size", type=at_least(1), help="images a scorer takes at once (default: --batch_size)")
     add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
-    add("--out", type=Path, default=Path("out/rtdmd"), help="run folder")
-    add("--resume", type=Path, help="run folder or step_NNNNNN folder to go on from")
-    add("--seed", type=int, default=0, help="covers prompts, noise, chosen steps and the adapters' initial weights")
+    add("--out", type=models.path, default=Path("out/rtdmd"), help="run folder")
+    add("--resume", type=models.path, help="run folder or step_NNNNNN folder to go on from")
+    add("--seed", type=at_least(0), default=0, help="covers prompts, noise, chosen steps and the adapters' weights")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
     add("--checkpointing", default="auto", choices=["auto", "on", "off"], help="of activations; auto: if memory asks")
@@ -98,46 +98,54 @@ def parse_args(argv=None):
     add("--offload_encoders", action="store_true", help="text encoders wait on the CPU while they do not encode")
     add("--compile", action="store_true", help="torch.compile, block by block")
     add("--wandb", action="store_true", help="log to Weights & Biases too")
-    add("--epochs", type=int, default=1000, help="sample, score, one optimiser step of each network")
-    add("--group_size", type=int, default=24, help="K, images per prompt; paper: 16 or 24")
-    add("--batch_size", type=int, default=9, help="images of a micro-batch")
-    add("--batches", type=int, default=16, help="micro-batches an epoch and process; paper: 16")
-    add("--lr", type=float, default=3e-6, help="learning rate of the generator (weight decay 1e-4)")
-    add("--lr_fake", type=float, default=3e-5, help="learning rate of the fake score")
-    add("--lr_decay", type=float, default=0.0, help="share of the run over which both fall to 0 at its end; paper: 0")
-    add("--init_std", type=float, default=1.0, help="std of the fresh adapters' A; the published rates belong to 1")
-    add("--guidance_scale", type=float, help="classifier-free guidance of the teacher in L_G; 1 or less: none")
-    add("--eta", type=float, default=0.9, help="CPS stochasticity; paper: 0.9")
+    add("--epochs", type=at_least(1), default=1000, help="sample, score, one optimiser step of each network")
+    add("--group_size", type=at_least(1), default=24, help="K, images per prompt; paper: 16 or 24")
+    add("--batch_size", type=at_least(1), default=9, help="images of a micro-batch")
+    add("--batches", type=at_least(1), default=16, help="micro-batches an epoch and process; paper: 16")
+    add("--lr", type=between(0), default=3e-6, help="learning rate of the generator (weight decay 1e-4)")
+    add("--lr_fake", type=between(0), default=3e-5, help="learning rate of the fake score")
+    add("--lr_decay", type=between(0, 1), default=0.0, help="share of the run over which both fall to 0; paper: 0")
+    add(
+        "--init_std",
+        type=between(0),
+        default=1.0,
+        help="std of the fresh adapters' A; the published rates belong to 1",
+    )
+    add("--guidance_scale", type=between(0), help="classifier-free guidance of the teacher; 1 or less: none")
+    add("--eta", type=between(0, 1), default=0.9, help="CPS stochasticity, above 0; paper: 0.9")
     add("--n_chosen", type=int, default=2, choices=[1, 2, 3], help="SubGRPO: trained stochastic steps; 3: ablation")
-    add("--clip_range", type=float, default=1e-5, help="of the policy ratio; paper: 1e-5")
-    add("--policy_weight", type=float, default=1.0, help="weight of the policy gradient; 0: ablation")
-    add("--dm_weight", type=float, default=1e-3, help="weight of L_G; paper: 1e-3; 0: ablation without leash")
-    add("--bp_weight", type=float, default=1e-4, help="weight of reward back-propagation; paper: 1e-4; 0: ablation")
-    add("--reward_margin", type=float, default=3.0, help="back-propagation is mean(relu(margin - R)); paper: 3")
-    add("--gamma", type=float, default=0.01, help="weight of L_cons in L_fake; paper: 0.01")
-    add("--consistency_batch", type=int, help="L_cons on so many samples of each micro-batch (default: all)")
-    add("--ema_every", type=int, default=8, help="optimiser steps between EMA updates; paper: 8, decay at most 0.9")
-    add("--skip_nonfinite", type=int, default=0, help="gradients in a row that may be not finite and are skipped")
-    add("--sample_every", type=int, default=100, help="epochs between sample grids; 0: none")
-    add("--save_every", type=int, default=50, help="epochs between checkpoints")
-    argv = sys.argv[1:] if argv is None else argv
-    known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    p.set_defaults(**{"guidance_scale": models.BACKBONES[known.model]["guidance"], **PRESETS[known.model]})
-    args = p.parse_args(argv)
-    for name, value in vars(args).items():
-        least = -math.inf if name == "reward_margin" else 0
-        if isinstance(value, float) and not (math.isfinite(value) and value >= least):
-            p.error(f"--{name} {value}: must be a finite number" + (", at least 0" if least == 0 else ""))
-    if args.resume and args.out == p.get_default("out"):  # a run goes on in its own folder
-        args.out = args.resume.parent if (args.resume / "state.pt").is_file() else args.resume
-    counts = "epochs group_size batch_size batches ema_every save_every consistency_batch resolution reward_batch_size"
-    for name, least in {**dict.fromkeys(counts.split(), 1), "sample_every": 0, "skip_nonfinite": 0, "seed": 0}.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            p.error(f"--{name} {getattr(args, name)}: must be at least {least}")
-    if not 0 < args.eta <= 1:
-        p.error(f"--eta {args.eta}: the policy gradient needs noise; allowed is above 0 to 1, the paper uses 0.9")
+    add("--clip_range", type=between(0), default=1e-5, help="of the policy ratio; paper: 1e-5")
+    add("--policy_weight", type=between(0), default=1.0, help="weight of the policy gradient; 0: ablation")
+    add("--dm_weight", type=between(0), default=1e-3, help="weight of L_G; paper: 1e-3; 0: ablation without leash")
+    add(
+        "--bp_weight",
+        type=between(0),
+        default=1e-4,
+        help="weight of reward back-propagation; paper: 1e-4; 0: ablation",
+    )
+    add("--reward_margin", type=between(-math.inf), default=3.0, help="of mean(relu(margin - R)); paper: 3")
+    add("--gamma", type=between(0), default=0.01, help="weight of L_cons in L_fake; paper: 0.01")
+    add("--consistency_batch", type=at_least(1), help="L_cons on so many samples of each micro-batch (default: all)")
+    add(
+        "--ema_every",
+        type=at_least(1),
+        default=8,
+        help="optimiser steps between EMA updates; paper: 8, decay at most 0.9",
+    )
+    add(
+        "--skip_nonfinite",
+        type=at_least(0),
+        default=0,
+        help="gradients in a row that may be not finite and are skipped",
+    )
+    add("--sample_every", type=at_least(0), default=100, help="epochs between sample grids; 0: none")
+    add("--save_every", type=at_least(1), default=50, help="epochs between checkpoints")
+    add("--keep_every", type=at_least(0), default=0, help="checkpoints to keep beside the two newest; 0: none")
+    args = models.parse_with_preset(p, PRESETS, argv)
+    if args.eta == 0:
+        p.error("--eta 0: the policy gradient needs noise; allowed is above 0 to 1, the paper uses 0.9")
     if args.prompts is None and args.model != "classroom":
-        p.error(f"--model {args.model} needs --prompts FILE (.jsonl with GenEval metadata, or .txt)")
+        p.error(f"--model {args.model} needs --prompts FILE (.jsonl with GenEval metadata, or another prompt file)")
     if args.distilled is None:
         p.error("--distilled DIR is missing: the final/ folder of an acdmd.py run")
     for name in ("generator_ema", "fake"):
@@ -145,12 +153,6 @@ def parse_args(argv=None):
             final = args.distilled / "final"
             hint = f"give {final}" if final.is_dir() else "run acdmd.py first and give its final/ folder"
             p.error(f"--distilled {args.distilled} has no {name}: {hint}")
-    if not 0 <= args.lr_decay <= 1:
-        p.error(f"--lr_decay {args.lr_decay}: a share of the run, 0 to 1")
-    try:
-        args.rewards = rewards.parse_weights(args.rewards)
-    except models.UserError as error:
-        p.error(str(error))
     if not (args.policy_weight or args.dm_weight or args.bp_weight):
         p.error("--policy_weight, --dm_weight and --bp_weight are all 0: nothing would train")
     if args.bp_weight and not any(rewards.SCORERS[name].differentiable for name in args.rewards):
@@ -162,36 +164,28 @@ def parse_args(argv=None):
 # reinforcement learning: advantages, policy loss, SubGRPO
 
 
-def group_advantages(rewards, prompts, weights):
-    """Advantages [N] over the global batch. rewards: {scorer: [N]}; prompts: N texts, equal texts are one group.
+def group_advantages(rewards, weights):
+    """Advantages [G, K] of G groups (prompts) of K images. rewards: {scorer: [G, K]}, weights: {scorer: number}.
 
-        A = sum over scorers of w (r - mean of its prompt's group) / (std + 1e-4),    then (A - mean) / (std + 1e-4)
+        A = sum over scorers of w (r - mean of its group) / (std + 1e-4),    then (A - mean) / (std + 1e-4)
 
-    Both std are over all N images (population, float64). A group of one takes the global mean in place of its own.
+    Both std are over all images (population, float64). K = 1: the global mean takes the place of the group's.
     """
-    _, group = np.unique(prompts, return_inverse=True)
-    size = np.bincount(group)
-    total = np.zeros(len(prompts))
+    A = 0.0
     for name, weight in weights.items():
-        r = np.asarray(rewards[name], dtype=np.float64)
-        mean = np.where(size == 1, r.mean(), np.bincount(group, r) / size)
-        total += weight * (r - mean[group]) / (r.std() + 1e-4)
-    return torch.from_numpy((total - total.mean()) / (total.std() + 1e-4)).float()
+        r = rewards[name].double()
+        mean = r.mean(1, keepdim=True) if r.shape[1] > 1 else r.mean()
+        A = A + weight * (r - mean) / (r.std(correction=0) + 1e-4)
+    return ((A - A.mean()) / (A.std(correction=0) + 1e-4)).float()
 
 
-def informative(rewards, prompts, weights):
-    """Bool [N]: does some weighted scorer tell the images of this one's group apart? A group of one always counts.
+def has_signal(rewards, weights):
+    """Bool [G]: does some weighted scorer tell the images of this group apart? A group of one always counts.
 
     NOTE(paper): the release looks for advantages of exactly 0, which standardising over the whole batch leaves nowhere.
     """
-    _, group = np.unique(prompts, return_inverse=True)
-    varies = np.bincount(group) == 1
-    for name, weight in weights.items():
-        r = np.asarray(rewards[name], dtype=np.float64)
-        low, high = np.full(len(varies), np.inf), np.full(len(varies), -np.inf)
-        np.minimum.at(low, group, r), np.maximum.at(high, group, r)
-        varies |= (high > low) & (weight != 0)
-    return torch.from_numpy(varies[group])
+    told = [(r.amax(1) > r.amin(1)) | (r.shape[1] == 1) for name, r in rewards.items() if weights[name]]
+    return torch.stack(told).any(0)
 
 
 def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advantage=5.0):
@@ -202,6 +196,14 @@ def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advanta
     advantages = advantages.clamp(-max_advantage, max_advantage)
     ratio = (log_prob - old_log_prob).exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
+
+
+def cps_log_prob(x_next, x, v, sigma, sigma_next, eta):
+    """Log-probability of a stored step, constants dropped: -mean((x' - mu)^2) over all but the batch -> [B].
+
+    There is no 1/(2 rho^2): the published clip range and learning rates assume this scale.
+    """
+    return -(x_next.float() - cps_mean(x, v, sigma, sigma_next, eta)).square().flatten(1).mean(1)
 
 
 def choose_steps(epoch, seed, candidates=(0, 1, 2), n=2):
@@ -231,11 +233,13 @@ def fake_score_loss(v_fake, x0, noise, sigma_t, max_weight=10.0):
     return (weight * (sigma_t * (v_fake - (noise - x0))).square()).mean()
 
 
-def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise_1, noise_2):
-    """L_cons: two-sample estimate of |E[h(x', t')] - h(x_t, t)|^2, h(x, sigma) = x - sigma v_phi. As acdmd.py's."""
+def consistency_loss(predict, x_t, sigma_t, v_t, delta, *walk):
+    """L_cons: two-sample estimate of |E[h(x', t')] - h(x_t, t)|^2, h(x, sigma) = x - sigma v_phi. As acdmd.py's;
+    walk: eta, noise_1, noise_2 of the two transitions."""
+    eta, *noises = walk
     sigma_t = per_sample(sigma_t, x_t)
     sigma_back = (sigma_t - per_sample(delta, x_t) / 1000).clamp(min=0)
-    x_back = torch.cat([cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in (noise_1, noise_2)])
+    x_back = torch.cat([cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in noises])
     sigma_back = torch.cat([sigma_back, sigma_back])
     h_1, h_2 = (x_back - sigma_back * predict(x_back, sigma_back.flatten())).chunk(2)
     h_t = x_t - sigma_t * v_t
@@ -256,98 +260,70 @@ def distribution_matching_loss(x0, x0_fake, x0_teacher):
 # functions that call the networks
 
 
-def noised(backbone, x0, indices, key):
-    """(x_t, sigma_t, noise): x0 taken to t, 1000 t ~ U(10, 1000) clamped to [20, 980]."""
-    u = models.draw(torch.rand, (), indices, *key, "t", device=x0.device)
-    sigma_t = ((1000 - 10) * u + 10).clamp(20, 980) / 1000
-    noise = models.draw(torch.randn, backbone.latent_shape, indices, *key, "z", device=x0.device)
-    t = per_sample(sigma_t, x0)
-    return (1 - t) * x0 + t * noise, sigma_t, noise
-
-
 @torch.no_grad()
-def sample(backbone, scorers, prompts, metadata, sigmas, chosen, args, indices, epoch):
-    """Rollouts of a micro-batch, on the CPU: states [B, 5, C, H, W], log-probabilities {j: [B]}, rewards {name: [B]}"""
-    cond, shape, device = backbone.encode(prompts), backbone.latent_shape, backbone.device
-    x = models.draw(torch.randn, shape, indices, args.seed, epoch, "start", device=device)
-    states, log_probs = [x], {}
-    for j in range(len(models.FEW_STEPS)):
-        if j in chosen:
-            noise = models.draw(torch.randn, shape, indices, args.seed, epoch, "step", j, device=device)
-        else:  # not used by the last step, which is deterministic
-            noise = models.to_device(shared_noise(prompts, j, epoch, args.seed, shape), device)
-        v = backbone.velocity(x, sigmas[j], cond)
-        x_next = cps_step(x, v, sigmas[j], sigmas[j + 1], args.eta, noise)
-        if j in chosen:
-            log_probs[j] = cps_log_prob(x_next, x, v, sigmas[j], sigmas[j + 1], args.eta)
-        x = x_next
-        states.append(x)
-    scores = scorers.score(backbone.decode(x), prompts, metadata)
-    return torch.stack(states, 1).cpu(), {j: log_prob.cpu() for j, log_prob in log_probs.items()}, scores
+def sample(backbone, prompts, sigmas, chosen, eta, noise):
+    """Rollouts: states [B, 5, C, H, W] from noise to picture, and log-probabilities [B, 3], 0 where not chosen.
 
-
-def fake_loss(backbone, cond, x0, args, indices, key):
-    """(L_ac, L_cons) on finished samples."""
-    x_t, sigma_t, noise = noised(backbone, x0, indices, key)
-    v_t = backbone.velocity(x_t, sigma_t, cond, role="fake")
-    loss_ac = fake_score_loss(v_t, x0, noise, sigma_t)
-    if args.gamma == 0:
-        return loss_ac, torch.zeros_like(loss_ac)
-    n = args.consistency_batch or len(x0)
-    shape, device = backbone.latent_shape, x0.device
-    delta = models.draw(torch.rand, (), indices[:n], *key, "delta", device=device)
-    delta = 1 + (delta * DELTA_MAX).floor()  # uniform on 1 .. DELTA_MAX
-    noises = (models.draw(torch.randn, shape, indices[:n], *key, name, device=device) for name in ("z1", "z2"))
-    cond_twice = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}
-
-    def predict(x, sigma):  # both transitions as one batch of 2n
-        return backbone.velocity(x, sigma, cond_twice, role="fake")
-
-    return loss_ac, consistency_loss(predict, x_t[:n], sigma_t[:n], v_t[:n], delta, args.eta, *noises)
-
-
-def policy_gradient(backbone, prompts, sigmas, states, old_log_prob, advantages, weight, args):
-    """Accumulate the gradient of weight x policy loss, step by step, so that one step's graph lives at a time.
-
-    states: [B, 5, C, H, W] of `sample`; old_log_prob: {chosen step j: [B]}; advantages: [B]. Returns means over the
-    steps of the loss, |ratio - 1| and the share of clipped samples.
+    noise: keyed by (seed, epoch).
     """
-    cond, device, means = backbone.encode(prompts), backbone.device, {}
-    for j, old in old_log_prob.items():
-        x, x_next, old, advantage = (
-            models.to_device(t, device) for t in (states[:, j], states[:, j + 1], old, advantages)
-        )
-        log_prob = cps_log_prob(x_next, x, backbone.velocity(x, sigmas[j], cond), sigmas[j], sigmas[j + 1], args.eta)
-        loss = policy_loss(log_prob, old, advantage, args.clip_range)
-        (weight * loss).backward()
-        drift = ((log_prob.detach() - old).exp() - 1).abs()
-        clipped = (drift > args.clip_range).float().mean()
-        values = {"loss/policy": loss, "ratio_drift": drift.mean(), "clip_fraction": clipped}
-        add_to(means, values, len(old_log_prob))
-    return means
+    (seed, epoch), last = noise.key, len(sigmas) - 2
+    cond, x = backbone.encode(prompts), noise.normal("start")
+    states, log_probs = [x], torch.zeros(len(prompts), last, device=x.device)
+    for j in range(last + 1):
+        if j in chosen:
+            z = noise.normal("step", j)
+        else:  # not used by the last step, which is deterministic
+            z = to_device(shared_noise(prompts, j, epoch, seed, noise.shape), x.device)
+        v = backbone.velocity("generator", x, sigmas[j], cond)
+        x = cps_step(x, v, sigmas[j], sigmas[j + 1], eta, z)
+        states.append(x)
+        if j in chosen:
+            log_probs[:, j] = cps_log_prob(x, states[j], v, sigmas[j], sigmas[j + 1], eta)
+    return torch.stack(states, 1), log_probs
 
 
-def last_step_gradients(backbone, scorers, prompts, cond, uncond, x0, args, indices, key):
-    """Gradients of both last-step terms with respect to x0, and their values: (g_dm, g_bp, L_G, hinge).
+def noised(x0, noise):
+    """(x_t, sigma_t, z): x0 taken to t, 1000 t ~ U(10, 1000) clamped to [20, 980]."""
+    sigma_t, z = ((1000 - 10) * noise.uniform("t") + 10).clamp(20, 980) / 1000, noise.normal("z")
+    t = per_sample(sigma_t, x0)
+    return (1 - t) * x0 + t * z, sigma_t, z
 
-    Taken at x0, so that the reward model's and the VAE's activations are gone before the transformer's backward begins.
+
+def consistency(backbone, cond, start, noise, eta):
+    """L_cons of the first len(noise) samples of start = (x_t, sigma_t, v_t); 0 if there are none (gamma = 0)."""
+    n = len(noise)
+    if n == 0:
+        return torch.zeros((), device=backbone.device)
+    cond = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}  # both transitions as one batch of 2n
+    delta = 1 + (noise.uniform("delta") * DELTA_MAX).floor()  # uniform on 1 .. DELTA_MAX
+    walk = eta, noise.normal("z1"), noise.normal("z2")
+
+    def predict(x, sigma):
+        return backbone.velocity("fake", x, sigma, cond)
+
+    return consistency_loss(predict, *(part[:n] for part in start), delta, *walk)
+
+
+def matching_gradient(backbone, cond, x0, noise, guidance_scale):
+    """(L_G, its gradient at x0): where do guided teacher and fake score disagree about these samples?"""
+    x0 = x0.detach().requires_grad_()
+    with torch.no_grad():
+        x_t, sigma_t, _ = noised(x0, noise)
+        v_teacher = backbone.velocity("teacher", x_t, sigma_t, cond, guidance_scale)
+        v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+        x0_teacher, x0_fake = (cps_step(x_t, v, sigma_t, 0.0) for v in (v_teacher, v_fake))
+    loss = distribution_matching_loss(x0, x0_fake, x0_teacher)
+    return loss, torch.autograd.grad(loss, x0)[0]
+
+
+def reward_gradient(backbone, scorers, prompts, x0, margin):
+    """(mean(relu(margin - R)), its gradient at x0), R the weighted differentiable rewards of the decoded x0.
+
+    Taken at x0, so that the activations of reward models and VAE are gone before the transformer's backward begins.
     """
     x0 = x0.detach().requires_grad_()
-    loss_dm = loss_bp = torch.zeros((), device=x0.device)
-    g_dm = g_bp = torch.zeros_like(x0)
-    if args.dm_weight:
-        with torch.no_grad():
-            x_t, sigma_t, _ = noised(backbone, x0, indices, key)
-            v_teacher = backbone.velocity(x_t, sigma_t, cond, args.guidance_scale, uncond, role="teacher")
-            v_fake = backbone.velocity(x_t, sigma_t, cond, role="fake")
-            x0_teacher, x0_fake = (cps_step(x_t, v, sigma_t, 0.0) for v in (v_teacher, v_fake))
-        loss_dm = distribution_matching_loss(x0, x0_fake, x0_teacher)
-        g_dm = args.dm_weight * torch.autograd.grad(loss_dm, x0)[0]
-    if args.bp_weight:
-        reward = scorers.differentiable(backbone.decode(x0), prompts)
-        loss_bp = torch.relu(args.reward_margin - reward).mean()
-        g_bp = args.bp_weight * torch.autograd.grad(loss_bp, x0)[0]
-    return g_dm, g_bp, loss_dm.detach(), loss_bp.detach()
+    loss = torch.relu(margin - scorers.differentiable(backbone.decode(x0), prompts)).mean()
+    return loss, torch.autograd.grad(loss, x0)[0]
 
 
 def pick_prompts(pairs, n, g):
@@ -360,190 +336,153 @@ def pick_prompts(pairs, n, g):
     return list(picked.values())
 
 
+def count_groups(pairs, n_images, group_size):
+    """Groups in an epoch of n_images; refuses what does not divide, and too few prompts."""
+    if n_images % group_size:
+        fits = max(k for k in range(1, group_size) if n_images % k == 0)
+        raise models.UserError(
+            f"{n_images} images an epoch (processes x --batch_size x --batches) do not split into groups of "
+            f"{group_size}: try --group_size {fits}"
+        )
+    distinct = len({prompt for prompt, _ in pairs})
+    if distinct < n_images // group_size:
+        raise models.UserError(
+            f"an epoch needs {n_images // group_size} distinct prompts, the file has {distinct}: lower --batches or "
+            "--batch_size"
+        )
+    return n_images // group_size
+
+
+def add_to(row, values, count):
+    """Accumulate means of detached scalars without leaving the device."""
+    for name, value in values.items():
+        row[name] = row.get(name, 0) + value.detach() / count
+
+
+def of_one_image(gradient):
+    """Norm of the gradient of one image's own loss, averaged: the gradient of a mean has 1 / B of it."""
+    return len(gradient) * gradient.flatten(1).norm(dim=1).mean()
+
+
 def main(args):
-    # set-up, models, optimisers
-    rank, world_size, device = models.setup_distributed(args.device)
-    state = models.check_run(args, __file__)
-    start = state["step"] if state else 0
-    if start > args.epochs:
-        raise models.UserError(f"--epochs {args.epochs}: the run is at {start} already")
-    if start == args.epochs and (args.out / "final").is_dir():
-        if rank == 0:
-            print(f"nothing left to train: {args.out}/final is the run's end, step {start}")
+    # set-up: run folder, prompts, rewards, networks and their adapters, optimisers
+    run = models.Run(args, "epochs", __file__)
+    if run.finished:
         return
     per_rank = args.batch_size * args.batches
-    n_images = per_rank * world_size
-    if n_images % args.group_size:
-        fits = max(k for k in range(1, args.group_size) if n_images % k == 0)
-        raise models.UserError(
-            f"{world_size} processes x batch {args.batch_size} x {args.batches} batches = {n_images} images do not "
-            f"split into groups of {args.group_size}: try --group_size {fits}"
-        )
-    n_groups = n_images // args.group_size
-    stop = models.StopSignal()
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**WEAK_TASKS)
     rewards.check_prompts(pairs, args.rewards, args.reward_dir)
-    distinct = len({prompt for prompt, _ in pairs})
-    if distinct < n_groups:
-        raise models.UserError(
-            f"an epoch needs {n_groups} distinct prompts, the file has {distinct}: lower --batches or --batch_size"
-        )
-    # are they whole, known before the models load, and the same as when the run began?
-    distilled = [models.fingerprint(args.distilled / name) for name in ("generator_ema", "fake")]
-    if state and state.get("distilled", distilled) != distilled:
-        raise models.UserError(f"--distilled {args.distilled}: not the adapters that this run began with")
+    n_groups = count_groups(pairs, per_rank * run.world_size, args.group_size)
+    run.pin("distilled", [models.fingerprint(args.distilled / name) for name in ("generator_ema", "fake")])
     size = args.reward_batch_size or args.batch_size
-    scorers = rewards.load_scorers(args.rewards, device, args.reward_dir, size, args.offload_rewards)
-    dtype = getattr(torch, args.dtype)
-    placement = dict(shard_mode=args.shard, offload_frozen=args.offload_frozen)
-    backbone = models.load(
-        args.model, args.weights, args.generator_weights, device, dtype, args.resolution, **placement
-    )
-    backbone.offload_encoders = args.offload_encoders
+    scorers = rewards.load_scorers(args.rewards, run.device, args.reward_dir, size, args.offload_rewards)
+    backbone = run.load_backbone()
     backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake", "fake_rl"), "ema": ("distilled", "rl_ema")}
-    models.load_adapter(backbone.student, "distilled", args.distilled / "generator_ema")
+    rank = len(models.load_adapter(backbone.student, "distilled", args.distilled / "generator_ema")[0])
     models.load_adapter(backbone.transformer, "fake", args.distilled / "fake")
-    lora_rank = len(models.adapter_parameters(backbone.student, "distilled")[0])
-    # adapter -> the transformer that holds it: one and the same, but for FLUX.2
-    home = {"rl": backbone.student, "rl_ema": backbone.student, "fake_rl": backbone.transformer}
-    if state:
-        models.load_checkpoint(state, home)
-    else:
-        for name, network in home.items():
-            init = seeded(args.seed, "init", name.removesuffix("_ema"))
-            trainable = not name.endswith("_ema")
-            models.add_adapter(network, name, lora_rank, 2 * lora_rank, args.init_std, init, trainable)
-    generator, average, fake = (models.adapter_parameters(network, name) for name, network in home.items())
-    optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=1e-4, fused=device.type == "cuda")
-    optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=device.type == "cuda")
+    networks = {"rl": backbone.student, "rl_ema": backbone.student, "fake_rl": backbone.transformer}
+    generator, average, fake = run.adapters(networks, rank, args.init_std)
+    fused = run.device.type == "cuda"
+    optimizer = torch.optim.AdamW(generator, weight_decay=1e-4, fused=fused)
+    optimizer_fake = torch.optim.AdamW(fake, weight_decay=0.0, fused=fused)
     ema = models.EMA(generator, average, 0.9, args.ema_every, warmup=True)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        optimizer_fake.load_state_dict(state["optimizer_fake"])
-    samples = args.batch_size + 2 * (args.consistency_batch or args.batch_size)  # of the fake score's step
-    models.set_up_blocks(backbone, args.checkpointing, samples, args.compile)
+    n_cons = (args.consistency_batch or args.batch_size) if args.gamma else 0
+    models.set_up_blocks(backbone, args.checkpointing, args.batch_size + 2 * n_cons, args.compile)
 
-    sigmas = backbone.sigmas(models.FEW_STEPS)
-    uncond = backbone.encode([""])
-    last = len(models.FEW_STEPS) - 1
-    say = print if rank == 0 else lambda *_: None
-    say(f"{args.model}: {sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
-    say(f"{n_groups} prompts x {args.group_size} = {n_images} images an epoch, {args.epochs} epochs")
-    say(f"rewards {args.rewards}, sigmas {[round(s, 4) for s in sigmas]}, writing to {args.out}")
-    log = models.RunLog(rank, args, state)
+    sigmas, K, C = backbone.sigmas(), args.group_size, args.n_chosen
+    last, n_images = len(sigmas) - 2, per_rank * run.world_size
+    mine = range(run.rank * per_rank, (run.rank + 1) * per_rank)  # images are numbered over all ranks
+    batches = torch.arange(per_rank).split(args.batch_size)
+    states = torch.empty(per_rank, len(sigmas), *backbone.latent_shape)
+    old_log_prob = torch.empty(per_rank, last)
+    scores = {name: torch.empty(per_rank) for name in args.rewards}
+    run.print(f"{sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
+    run.print(f"{n_groups} prompts x {K} = {n_images} images an epoch, {args.epochs} epochs")
+    run.print(f"rewards {args.rewards}, sigmas {[round(s, 4) for s in sigmas]}, writing to {args.out}")
+    run.begin(backbone, pairs, {"generator": optimizer, "fake": optimizer_fake}, n_images)
 
-    def checkpoint(step, final=False):
-        if rank == 0:
-            state = {"optimizer": optimizer.state_dict(), "optimizer_fake": optimizer_fake.state_dict()}
-            state |= {"skipped": (patience.in_a_row, patience.total), "distilled": distilled}
-            models.save_checkpoint(args.out, step, home, state, args, __file__, final=final)
+    def select(epoch, part, *use):
+        """Prompts, text embeddings and noise of some of this rank's images."""
+        texts = [prompts[i] for i in part]
+        noise = models.Noise(args.seed, epoch, *use, [mine[i] for i in part], backbone.latent_shape, run.device)
+        return texts, backbone.encode(texts), noise
 
-    patience = models.Patience(args.skip_nonfinite, args.out, *(state or {}).get("skipped", ()))
-    bar = tqdm(range(start, args.epochs), "RTDMD", initial=start, total=args.epochs, disable=rank > 0)
-    for epoch in bar:
-        began = time.perf_counter()
-        lr_scale = min(1.0, (args.epochs - epoch) / (args.lr_decay * args.epochs)) if args.lr_decay else 1.0
-        picked = pick_prompts(pairs, n_groups, seeded(args.seed, epoch, "prompts"))
-        all_prompts = [prompt for prompt, _ in picked for _ in range(args.group_size)]
-        mine = range(rank * per_rank, (rank + 1) * per_rank)  # images are numbered over all ranks; groups may span them
-        prompts = all_prompts[mine.start : mine.stop]
-        metadata = [picked[i // args.group_size][1] for i in mine]
+    for epoch in run.steps("RTDMD"):
+        decay = models.linear_decay(epoch, args.epochs, args.lr_decay)
+        row = {"lr": decay * args.lr}
 
         # 1) choose steps
-        chosen = choose_steps(epoch, args.seed, tuple(range(last)), args.n_chosen)
+        chosen = choose_steps(epoch, args.seed, tuple(range(last)), C)
+        picked = pick_prompts(pairs, n_groups, seeded(args.seed, epoch, "prompts"))
+        prompts, metadata = zip(*(picked[i // K] for i in mine), strict=True)
 
         # 2) sample, 3) reward
-        parts = []
-        for b in range(0, per_rank, args.batch_size):
-            if stop.agreed(world_size):  # nothing of this epoch has been learned yet, and its draws come back
-                checkpoint(epoch)
-                say(f"\nstopped after epoch {epoch}; go on with the same command and --resume {args.out}")
+        for part in batches:
+            if run.interrupted(epoch):
                 return
-            part = slice(b, b + args.batch_size)
-            texts, facts = prompts[part], metadata[part]
-            parts.append(sample(backbone, scorers, texts, facts, sigmas, chosen, args, mine[part], epoch))
-        states = torch.cat([s for s, _, _ in parts])
-        old_log_prob = {j: torch.cat([logp[j] for _, logp, _ in parts]) for j in chosen}
-        scores = {name: torch.cat([r[name] for _, _, r in parts]) for name in args.rewards}
-        scores = {name: torch.tensor(models.gather(r.tolist(), world_size)) for name, r in scores.items()}
-        advantages = group_advantages(scores, all_prompts, args.rewards)[mine.start : mine.stop]
-        n_signal = int(informative(scores, all_prompts, args.rewards).sum())
-        sampled = time.perf_counter()
+            texts, _, noise = select(epoch, part)
+            x, log_prob = sample(backbone, texts, sigmas, chosen, args.eta, noise)
+            states[part], old_log_prob[part] = x.cpu(), log_prob.cpu()
+            with torch.no_grad():
+                images = backbone.decode(x[:, -1])
+            for name, score in scorers.score(images, texts, [metadata[i] for i in part]).items():
+                scores[name][part] = score
+        grouped = {n: torch.tensor(models.gather(r.tolist(), run.world_size)).view(-1, K) for n, r in scores.items()}
+        advantages = group_advantages(grouped, args.rewards).flatten()[mine.start : mine.stop]
+        n_signal = K * int(has_signal(grouped, args.rewards).sum())
+        row |= {f"reward/{name}": r.mean().item() for name, r in grouped.items()}
 
         # 4) fake score, on the finished samples
-        sums = {}
-        if args.dm_weight:  # NOTE(paper): the release trains it also where nobody reads it
-            for b in range(0, per_rank, args.batch_size):
-                part = slice(b, b + args.batch_size)
-                x0 = models.to_device(states[part, -1], device)
-                cond = backbone.encode(prompts[part])
-                loss_ac, loss_cons = fake_loss(backbone, cond, x0, args, mine[part], (args.seed, epoch, "fake"))
-                ((loss_ac + args.gamma * loss_cons) / args.batches).backward()
-                add_to(sums, {"loss/ac": loss_ac, "loss/cons": loss_cons}, args.batches)
-            norm = step_optimizer(optimizer_fake, lr_scale * args.lr_fake, world_size, args.skip_nonfinite > 0)
-            sums["grad_norm/fake"] = norm
-            sums = {} if patience.skipped(norm, epoch + 1, "grad_norm/fake") else sums
-        taken = dict(sums)
+        for part in batches if args.dm_weight else ():  # NOTE(paper): the release trains it also where nobody reads it
+            _, cond, noise = select(epoch, part, "fake")
+            x0 = to_device(states[part, -1], run.device)
+            x_t, sigma_t, z = noised(x0, noise)
+            v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+            loss_ac = fake_score_loss(v_fake, x0, z, sigma_t)
+            loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta)
+            ((loss_ac + args.gamma * loss_cons) / args.batches).backward()
+            add_to(row, {"loss/ac": loss_ac, "loss/cons": loss_cons}, args.batches)
+        if args.dm_weight:
+            lr = decay * args.lr_fake
+            row["grad_norm/fake"] = step_optimizer(optimizer_fake, lr, run.world_size, args.skip_nonfinite)
 
-        # 5) generator
-        order = torch.randperm(per_rank, generator=seeded(args.seed, epoch, rank, "order"))
-        steps = len(chosen) + 1  # the loss is a mean over images and these steps
-        for part in order.split(args.batch_size) if args.policy_weight else ():
-            # chosen steps: policy gradient. Images of a group without signal have advantage 0 and do not count
-            share = len(part) * world_size / max(1, n_signal)  # ranks are averaged later
-            texts, old = [prompts[i] for i in part], {j: old_log_prob[j][part] for j in chosen}
-            weight = args.policy_weight * share / steps
-            values = policy_gradient(backbone, texts, sigmas, states[part], old, advantages[part], weight, args)
-            add_to(sums, values, args.batches)
-        if args.policy_weight:
-            models.average_gradients(generator, world_size)  # for this norm; an average stays what it is below
-            sums["grad_norm/policy"] = torch.nn.utils.get_total_norm([p.grad for p in generator])
-        for part in order.split(args.batch_size) if args.dm_weight or args.bp_weight else ():
-            # last step: leash and reward back-propagation
-            texts, x = [prompts[i] for i in part], models.to_device(states[part, last], device)
-            cond = backbone.encode(texts)
-            x0 = cps_step(x, backbone.velocity(x, sigmas[last], cond), sigmas[last], 0.0)
-            indices, key = [mine[i] for i in part], (args.seed, epoch, "generator")
-            g_dm, g_bp, loss_dm, loss_bp = last_step_gradients(
-                backbone, scorers, texts, cond, uncond, x0, args, indices, key
-            )
-            x0.backward((g_dm + g_bp) / (args.batches * steps))  # chain rule: from dL/dx0 through the transformer
-            add_to(sums, {"loss/dm": loss_dm, "loss/bp": loss_bp}, args.batches)
-            for name, g in (("grad_x0/dm", g_dm), ("grad_x0/bp", g_bp)):  # times B: of one image
-                add_to(sums, {name: len(x0) * g.flatten(1).norm(dim=1).mean()}, args.batches)
-        norm = step_optimizer(optimizer, lr_scale * args.lr, world_size, args.skip_nonfinite > 0)
-        sums["grad_norm/generator"] = norm
-        sums = taken if patience.skipped(norm, epoch + 1, "grad_norm/generator") else sums
+        # 5) generator: L = 1/(C+1) [sum_j policy_weight L_policy,j + dm_weight L_G + bp_weight mean(relu(margin - R))]
+        order = torch.randperm(per_rank, generator=seeded(args.seed, epoch, run.rank, "order"))
+        for part in order.split(args.batch_size):
+            texts, cond, noise = select(epoch, part, "generator")
+            x, old, A = (to_device(t[part], run.device) for t in (states, old_log_prob, advantages))
+            share = 1 / (args.batches * (C + 1))  # of this micro-batch in a mean over images and terms
+
+            # chosen steps. Images of a group without signal have advantage 0 and do not count in the mean
+            for j in chosen if args.policy_weight else ():
+                v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
+                log_prob = cps_log_prob(x[:, j + 1], x[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
+                loss = policy_loss(log_prob, old[:, j], A, args.clip_range)
+                (args.policy_weight * share * n_images / max(1, n_signal) * loss).backward()
+                drift = ((log_prob - old[:, j]).exp() - 1).abs()
+                clipped = (drift > args.clip_range).float().mean()
+                values = {"loss/policy": loss, "ratio_drift": drift.mean(), "clip_fraction": clipped}
+                add_to(row, values, args.batches * C)
+
+            # last step: the leash and the reward's own gradient at x0, then the chain rule through the transformer
+            if args.dm_weight or args.bp_weight:
+                v = backbone.velocity("generator", x[:, last], sigmas[last], cond)
+                x0 = cps_step(x[:, last], v, sigmas[last], 0.0)
+                g = torch.zeros_like(x0)
+                if args.dm_weight:
+                    loss, g_dm = matching_gradient(backbone, cond, x0, noise, args.guidance_scale)
+                    g += args.dm_weight * g_dm
+                    add_to(row, {"loss/dm": loss, "grad_x0/dm": args.dm_weight * of_one_image(g_dm)}, args.batches)
+                if args.bp_weight:
+                    loss, g_bp = reward_gradient(backbone, scorers, texts, x0, args.reward_margin)
+                    g += args.bp_weight * g_bp
+                    add_to(row, {"loss/bp": loss, "grad_x0/bp": args.bp_weight * of_one_image(g_bp)}, args.batches)
+                x0.backward(share * g)
+        row["grad_norm/generator"] = step_optimizer(optimizer, decay * args.lr, run.world_size, args.skip_nonfinite)
 
         # 6) EMA
         ema.update(epoch + 1)  # NOTE(paper): the release updates it once a micro-batch
-
-        # log, sample, save
-        row = models.rows_over_ranks([sums], world_size)[0]
-        models.check_finite(row, epoch + 1, args.out)
-        row |= {f"reward/{name}": r.mean().item() for name, r in scores.items()}
-        seconds = time.perf_counter() - began
-        pace = models.speed(backbone, seconds, 1, n_images)
-        pace["sampling_share"] = (sampled - began) / seconds
-        log.write(step=epoch + 1, **row, lr=lr_scale * args.lr, skipped=patience.total, **pace)
-        bar.set_postfix({name: f"{r.mean().item():.3f}" for name, r in scores.items()})
-        stopped = stop.agreed(world_size)
-        if args.sample_every and ((epoch + 1) % args.sample_every == 0 or epoch == 0):
-            shown = [prompt for prompt, _ in pairs[:16]]
-            models.sample_grid(backbone, shown, sigmas, args, rank, f"epoch_{epoch + 1:06d}.png")
-        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs or stopped:
-            checkpoint(epoch + 1)
-        if stopped:
-            say(f"\nstopped after epoch {epoch + 1}; go on with the same command and --resume {args.out}")
-            return
-    checkpoint(args.epochs, final=True)
-    say(f"done: {args.out}/final/rl_ema")
-
-
-def add_to(sums, values, count):
-    """Accumulate means of detached scalars without leaving the device."""
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0) + value.detach() / count
+        run.log(epoch, row)
 
 
 if __name__ == "__main__":

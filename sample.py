@@ -13,10 +13,8 @@ Writes to --out: 00000.png, ... , grid.png and metadata.json (settings, prompts 
 Several processes share the batches; pictures and scores are those of one process.
 """
 
-import argparse
 import itertools
 import json
-import math
 import time
 from pathlib import Path
 
@@ -26,49 +24,52 @@ from tqdm import tqdm
 
 import models
 import rewards
+from models import at_least, between
 
 
 def parse_args(argv=None):
-    options = dict(usage=argparse.SUPPRESS, formatter_class=models.Help, allow_abbrev=False)
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
+    p = models.parser(__doc__.splitlines()[0])
     add = p.add_argument
     add("--model", default="classroom", choices=models.BACKBONES, help="backbone")
     add("--weights", help="pipeline folder or hub id in place of the published one (FLUX.2's student: its own)")
-    add("--resolution", type=int, help="pixels a side (default: the backbone's)")
-    add("--lora", action="append", default=[], type=Path, help="adapter folder; repeat to stack, applied in order")
+    add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        type=models.path,
+        help="adapter folder; repeat to stack, applied in order",
+    )
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
-    add("--prompts", type=Path, help=".txt, .jsonl or .json; default: the classroom's held-out captions")
-    add("--n_images", type=int, help="the first n prompts (classroom default 48, else all of the file)")
-    add("--steps", type=int, default=4, help="4: few-step CPS; another number: the pipeline's schedule, Euler")
-    add("--export", type=Path, help="write the transformer with the adapters merged in to this new folder, and stop")
-    add("--eta", type=float, help="CPS stochasticity (default 0.9 at 4 steps, else 0)")
-    add("--guidance_scale", type=float, help="default 1 at 4 steps, else the teacher's")
+    add("--prompts", type=models.path, help=".txt, .jsonl or .json; default: the classroom's held-out captions")
+    add("--n_images", type=at_least(1), help="the first n prompts (classroom default 48, else all of the file)")
+    add("--steps", type=at_least(1), default=4, help="4: few-step CPS; another number: the pipeline's schedule, Euler")
+    add(
+        "--export",
+        type=models.path,
+        help="write the transformer with the adapters merged in to this new folder, and stop",
+    )
+    add("--eta", type=between(0, 1), help="CPS stochasticity (default 0.9 at 4 steps, else 0)")
+    add("--guidance_scale", type=between(0), help="default 1 at 4 steps, else the teacher's")
     add("--eval", help="rewards to report, name=weight,...: for example clipscore=1,geneval=1")
     add("--eval_prompts", help="prompt files of single rewards, name=FILE,...; the others see --prompts")
-    add("--reward_dir", type=Path, help="folder with reward weights that are not taken from the hub")
-    add("--reward_batch_size", type=int, help="images a scorer takes at once (default: --batch_size)")
+    add("--reward_dir", type=models.path, help="folder with reward weights that are not taken from the hub")
+    add("--reward_batch_size", type=at_least(1), help="images a scorer takes at once (default: --batch_size)")
     add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
-    add("--out", type=Path, help="new folder for pictures and metadata.json (default: out/samples, out/samples_2, ...)")
-    add("--seed", type=int, default=0, help="image i depends on (seed, i) alone, not on the batch")
-    add("--batch_size", type=int, default=50, help="images at once")
+    add(
+        "--out",
+        type=models.path,
+        help="new folder for pictures and metadata.json (default: out/samples, out/samples_2, ...)",
+    )
+    add("--seed", type=at_least(0), default=0, help="image i depends on (seed, i) alone, not on the batch")
+    add("--batch_size", type=at_least(1), default=50, help="images at once")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = p.parse_args(argv)
     few = args.steps == len(models.FEW_STEPS)
-    for name in ("n_images", "batch_size", "resolution", "reward_batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.seed < 0:
-        p.error(f"--seed {args.seed}: must be at least 0")
-    if args.steps < 1:
-        p.error(f"--steps {args.steps}: must be at least 1; 4 is the few-step schedule")
     if args.eta is None:
         args.eta = 0.9 if few else 0.0
-    if not 0 <= args.eta <= 1:
-        p.error(f"--eta {args.eta}: allowed is 0 (ODE) to 1 (full re-noising)")
     if args.guidance_scale is None:
         args.guidance_scale = 1.0 if few else models.BACKBONES[args.model]["guidance"]
-    if not 0 <= args.guidance_scale < math.inf:
-        p.error(f"--guidance_scale {args.guidance_scale}: must be a finite number, at least 0")
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
     if args.export and args.export.exists():

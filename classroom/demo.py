@@ -11,7 +11,6 @@ Writes report.md, samples.png and curves.png to --out.
 trains each stage again without one part of the method, and writes to ablations.md what that costs.
 """
 
-import argparse
 import json
 import math
 import os
@@ -48,8 +47,7 @@ ABLATIONS = {
 
 
 def parse_args(argv=None):
-    options = dict(usage=argparse.SUPPRESS, formatter_class=models.Help, allow_abbrev=False)
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
+    p = models.parser(__doc__.splitlines()[0])
     p.add_argument("--out", type=Path, default=Path("out/classroom"), help="folder of both runs and the report")
     p.add_argument("--seed", type=int, default=0, help="of both trainings; the evaluation is fixed")
     stages = ["acdmd", "rtdmd", "report"]

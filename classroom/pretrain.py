@@ -25,7 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import (
     CLIPConfig,
@@ -40,14 +41,14 @@ from transformers import (
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that `python classroom/pretrain.py` finds the package it lives in
+import models  # noqa: E402
 from classroom import shapes  # noqa: E402
 
 MAX_TOKENS = 14  # start token + at most 8 words + end token, and a tail of at least 4 that `parse_of` gives a use
 
 
 def parse_args(argv=None):
-    options = dict(usage=argparse.SUPPRESS, formatter_class=models.Help, allow_abbrev=False)
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
+    p = models.parser(__doc__.splitlines()[0])
     p.add_argument("--stages", nargs="+", default=["vae", "clip", "teacher"], choices=["vae", "clip", "teacher"])
     p.add_argument("--out", type=Path, default=HERE, help="folder that receives teacher/ and clip/")
     p.add_argument("--vae_steps", type=int, default=1200, help="batches of 32 images")
@@ -133,7 +134,7 @@ def strict(images, metadata):
 
 def build_tokenizer():
     """A CLIPTokenizer for which every word of the captions is one token; any other text falls back to letters."""
-    words = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    words = Tokenizer(BPE(end_of_word_suffix="</w>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=5000, end_of_word_suffix="</w>", show_progress=False)

@@ -43,7 +43,7 @@ TEXT = {"sd3": 205, "flux1": 512, "flux2": 512}  # tokens; SD3: 77 of CLIP and 1
 def random_backbone(model, device, dtype, resolution=None):
     """models.Backbone of a published architecture with random weights, and dummy embeddings of one prompt."""
     facts = models.BACKBONES[model]
-    family = models.FAMILIES[facts["family"]]
+    family = facts["family"]
     cls = getattr(diffusers, family.network_class)
     with torch.device("meta"):
         networks = [cls(**PUBLISHED[model]) for _ in range(2 if "student" in facts else 1)]
@@ -116,35 +116,50 @@ def main(args):
         optimizers[name] = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
         backbone.roles[name] = (name,)
     models.set_up_blocks(backbone, args.checkpointing, n + 2 * (one.consistency_batch or n), args.compile)
-    cond, uncond = backbone.encode(["a prompt"] * n), backbone.encode([""])
-    sigmas, indices = backbone.sigmas(), range(n)
-    two = SimpleNamespace(**vars(one), dm_weight=1e-3, bp_weight=0.0, clip_range=1e-5)
+    cond, sigmas = backbone.encode(["a prompt"] * n), backbone.sigmas()
+    noise, levels = models.Noise(0, range(n), backbone.latent_shape, device), sigmas[:3]
+    n_cons = one.consistency_batch or n
 
     def fake_step():
-        x_s, sigma_s = acdmd.rollout(backbone, cond, sigmas, 2, one, indices, (0,))
-        loss_ac, loss_cons = acdmd.fake_losses(backbone, cond, x_s, sigma_s, one, indices, (1,))
+        x_s = acdmd.rollout(backbone, cond, levels, one.eta, noise)
+        sigma_t = acdmd.draw_t(noise.uniform("t"), levels[-1])
+        x_t, target, sigma_ts = acdmd.renoise(x_s, levels[-1], sigma_t, noise.normal("z"))
+        v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+        loss_ac = acdmd.fake_score_loss(v_fake, target, sigma_ts)
+        start = x_t, sigma_t, v_fake
+        loss_cons = acdmd.consistency(backbone, cond, start, noise[:n_cons], one.eta, one.delta_max)
         (loss_ac + one.gamma * loss_cons).backward()
         models.step_optimizer(optimizers["fake"], 1e-5, 1)
 
     def generator_step():
-        x_s, sigma_s = acdmd.rollout(backbone, cond, sigmas, 2, one, indices, (2,), grad=True)
-        acdmd.generator_loss(backbone, cond, uncond, x_s, sigma_s, one, indices, (3,)).backward()
+        x_s = acdmd.rollout(backbone, cond, levels, one.eta, noise, grad=True)
+        _, g = rtdmd.matching_gradient(backbone, cond, x_s, noise, one.guidance_scale)
+        x_s.backward(g)
         models.step_optimizer(optimizers["generator"], 1e-5, 1)
 
     def rollout_step():
-        backbone.decode(models.sample_latents(backbone, ["a prompt"] * n, sigmas, 0.9))
+        with torch.no_grad():
+            backbone.decode(models.sample_latents(backbone, ["a prompt"] * n, sigmas, 0.9))
 
-    x0 = torch.randn(n, *backbone.latent_shape, device=device)
-    states, old = torch.randn(n, 5, *backbone.latent_shape), {0: torch.zeros(n), 1: torch.zeros(n)}
+    states = torch.randn(n, 5, *backbone.latent_shape, device=device)
 
     def update_step():
-        loss_ac, loss_cons = rtdmd.fake_loss(backbone, cond, x0, two, indices, (4,))
-        (loss_ac + two.gamma * loss_cons).backward()
+        x0 = states[:, -1]
+        x_t, sigma_t, z = rtdmd.noised(x0, noise)
+        v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+        loss_ac = rtdmd.fake_score_loss(v_fake, x0, z, sigma_t)
+        loss_cons = rtdmd.consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], one.eta)
+        (loss_ac + one.gamma * loss_cons).backward()
         models.step_optimizer(optimizers["fake"], 1e-5, 1)
-        rtdmd.policy_gradient(backbone, ["a prompt"] * n, sigmas, states, old, torch.ones(n), 1.0, two)
-        out = models.cps_step(x0, backbone.velocity(x0, sigmas[3], cond), sigmas[3], 0.0)
-        g_dm, _, _, _ = rtdmd.last_step_gradients(backbone, None, None, cond, uncond, out, two, indices, (5,))
-        out.backward(g_dm)
+        for j in (0, 1):
+            v = backbone.velocity("generator", states[:, j], sigmas[j], cond)
+            step = states[:, j + 1], states[:, j], v, sigmas[j], sigmas[j + 1], one.eta
+            ones = torch.ones(n, device=device)
+            rtdmd.policy_loss(rtdmd.cps_log_prob(*step), -ones, ones).backward()
+        v = backbone.velocity("generator", states[:, 3], sigmas[3], cond)
+        x0 = models.cps_step(states[:, 3], v, sigmas[3], 0.0)
+        _, g = rtdmd.matching_gradient(backbone, cond, x0, noise, one.guidance_scale)
+        x0.backward(g)
         models.step_optimizer(optimizers["generator"], 1e-5, 1)
 
     parts = {"stage 1, fake score": fake_step, "stage 1, generator": generator_step}

@@ -46,7 +46,7 @@ def test_many_step_sampling_is_the_pipelines_own(folders, model, folder, guidanc
     pipe = getattr(diffusers, backbone.pipeline).from_pretrained(folders / folder)
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a red circle", "two blue squares"]
-    noise = models.draw(torch.randn, backbone.latent_shape, range(2), "sample", 5, "start")
+    noise = models.Noise("sample", 5, range(2), backbone.latent_shape, "cpu").normal("start")
     flux1 = model == "flux1"
     tokens = pipe._pack_latents(noise, 2, *backbone.latent_shape) if flux1 else noise
     call = dict(num_inference_steps=6, height=64, width=64, latents=tokens, output_type="pt")
@@ -118,11 +118,11 @@ def test_flux2_keeps_two_frozen_transformers_and_each_role_its_own(folders):
     backbone.roles |= {"generator": ("generator",), "fake": ("fake",)}
     x, cond = torch.randn(1, *backbone.latent_shape), backbone.encode(["a circle"])
     with torch.no_grad():
-        v = {role: backbone.velocity(x, 0.5, cond, role=role) for role in ("teacher", "fake", "generator")}
+        v = {role: backbone.velocity(role, x, 0.5, cond) for role in ("teacher", "fake", "generator")}
         for name in ("flux2-4b", "flux2-4b-student"):
             alone = models.load("flux2-4b", folders / name, resolution=64)
             assert alone.student is alone.transformer
-            v[name] = alone.velocity(x, 0.5, cond, role="teacher")
+            v[name] = alone.velocity("teacher", x, 0.5, cond)
     assert torch.equal(v["teacher"], v["flux2-4b"]) and torch.equal(v["fake"], v["flux2-4b"])  # B is 0
     assert torch.equal(v["generator"], v["flux2-4b-student"]) and not torch.equal(v["teacher"], v["generator"])
 
@@ -137,7 +137,7 @@ def test_adapters_load_in_diffusers(folders, tmp_path, model):
     pipe = getattr(diffusers, backbone.pipeline).from_pretrained(folders / model)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(tmp_path)
-    noise = models.draw(torch.randn, backbone.latent_shape, range(1), "sample", 5, "start")
+    noise = models.Noise("sample", 5, range(1), backbone.latent_shape, "cpu").normal("start")
     tokens = pipe._pack_latents(noise, 1, *backbone.latent_shape) if model == "flux1" else noise
     call = dict(num_inference_steps=3, height=64, width=64, latents=tokens, output_type="pt", guidance_scale=1.0)
     want = pipe(prompt=["a circle"], **call).images
@@ -155,7 +155,7 @@ BILLIONS = {"sd3": 2.03, "sd35": 2.24, "flux1": 11.90, "flux2-4b": 3.88, "flux2-
 @pytest.mark.parametrize("model", BILLIONS)
 def test_published_architectures(model):
     """Sizes on the meta device, and which layers the adapters take."""
-    config, family = bench.PUBLISHED[model], models.FAMILIES[models.BACKBONES[model]["family"]]
+    config, family = bench.PUBLISHED[model], models.BACKBONES[model]["family"]
     with torch.device("meta"):
         network = getattr(diffusers, family.network_class)(**config)
         assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(BILLIONS[model], abs=0.005)
@@ -206,7 +206,12 @@ def test_networks_in_bf16_are_told_the_noise_level_exactly(folders, model):
             module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     sigma = torch.tensor([0.8491, 0.9731])
     backbone.velocity(
-        torch.randn(2, *backbone.latent_shape), sigma, backbone.encode(["a", "b"]), 3.5, backbone.encode([""])
+        "generator",
+        torch.randn(2, *backbone.latent_shape),
+        sigma,
+        backbone.encode(["a", "b"]),
+        3.5,
+        backbone.encode([""]),
     )
     levels = 1000 * (sigma if backbone.embedded_guidance else torch.cat([sigma, sigma]))
     torch.testing.assert_close(seen[0].float(), levels, rtol=1e-6, atol=0)
@@ -237,18 +242,18 @@ def test_compiled_blocks_compute_the_same_for_every_role(monkeypatch):
         twice, both = torch.cat([x, x]), {k: torch.cat([c, c]) for k, c in cond.items()}
         for grad in (False, True):  # what a training step asks for, and more than dynamo's default limit of 8
             with torch.set_grad_enabled(grad):
-                v = {role: backbone.velocity(x, 0.5, cond, role=role) for role in ("teacher", "generator", "fake")}
+                v = {role: backbone.velocity(role, x, 0.5, cond) for role in ("teacher", "generator", "fake")}
                 for role in ("teacher", "fake"):
-                    backbone.velocity(twice, 0.5, both, role=role)
+                    backbone.velocity(role, twice, 0.5, both)
         fake = models.adapter_parameters(backbone.transformer, "fake")
         return [*v.values(), *torch.autograd.grad(v["fake"].square().mean(), fake)]
 
     want = run()
     backbone.dtype = torch.bfloat16
-    want_mixed = backbone.velocity(x, 0.5, cond)
+    want_mixed = backbone.velocity("generator", x, 0.5, cond)
     models.compile_blocks(backbone)
     assert backbone.flops > 0
-    torch.testing.assert_close(backbone.velocity(x, 0.5, cond), want_mixed, rtol=0, atol=2e-2)
+    torch.testing.assert_close(backbone.velocity("generator", x, 0.5, cond), want_mixed, rtol=0, atol=2e-2)
     backbone.dtype = torch.float32
     for _ in range(2):
         ran.clear()

@@ -124,8 +124,10 @@ def test_a_run_goes_on_from_its_final_folder_alone(run):
     """The folder that a run is resumed from stays until the next checkpoint is whole."""
     for step in run.glob("step_*"):
         shutil.rmtree(step)
-    state = models.read_checkpoint(run / "final")
-    models.RunLog(0, acdmd.parse_args(["--out", str(run), "--resume", str(run / "final")]), state).file.close()
+    args = acdmd.parse_args([*FLAGS.split(), "--steps", "3", "--out", str(run), "--resume", str(run / "final")])
+    begun = models.Run(args, "steps", acdmd.__file__)
+    begun.begin(None, [], {}, 1)
+    begun.file.close()
     assert models.read_checkpoint(run / "final")["step"] == 2
     resume(run, "--resume", str(run / "final"))
     assert [row["step"] for row in log(run)] == [1, 2, 3] and models.read_checkpoint(run / "final")["step"] == 3
@@ -261,7 +263,7 @@ def test_a_stop_between_two_writes_of_the_log_does_not_save_what_is_not_finite(t
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002"]
 
 
-def test_of_several_values_that_are_not_finite_the_cause_is_named():
+def test_of_several_values_that_are_not_finite_the_cause_is_named(tmp_path):
     nan, one = float("nan"), 1.0
     row = {
         "grad_norm/fake": nan,
@@ -270,11 +272,16 @@ def test_of_several_values_that_are_not_finite_the_cause_is_named():
         "loss/ac_k2": nan,
         "loss/generator": nan,
     }
+    args = acdmd.parse_args(["--out", str(tmp_path)])
+    run = models.Run(args, "steps", acdmd.__file__)
+    run.begin(None, [], {}, 1)
     with pytest.raises(SystemExit, match="step 12: loss/ac_k2 is not finite"):
-        models.check_finite(row, 12, "out")
+        run.drop_nonfinite(12, row)
+    run.in_a_row = 0
     with pytest.raises(SystemExit, match="step 20: loss/generator is not finite"):
-        models.check_finite({"grad_norm/generator": nan, "loss/generator": nan}, 20, "out")
-    models.check_finite({"loss/ac_k1": one}, 20, "out")
+        run.drop_nonfinite(20, {"grad_norm/generator": nan, "loss/generator": nan})
+    run.drop_nonfinite(20, {"loss/ac_k1": one})
+    assert run.in_a_row == 0
 
 
 def test_skipped_steps_are_counted_and_change_nothing(tmp_path, monkeypatch):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import rtdmd
-from acdmd import consistency_loss, distribution_matching_loss, fake_score_loss
-from models import EMA, cps_log_prob, cps_mean, cps_step, renoise
-from rtdmd import choose_steps, group_advantages, informative, policy_loss, shared_noise
+from acdmd import consistency_loss, distribution_matching_loss, fake_score_loss, renoise
+from models import EMA, cps_mean, cps_step
+from rtdmd import choose_steps, cps_log_prob, group_advantages, has_signal, policy_loss, shared_noise
 
 
 def randn(*shape, seed=0):
@@ -151,20 +151,20 @@ def test_clipping_stops_only_what_moves_further_out(advantage, log_ratio):
 
 
 def test_group_advantages_by_hand():
-    # groups by text, not by position: p has 1, 3 (mean 2), q has 5, 9 (mean 7); all four have variance 8.75
-    rewards, prompts = torch.tensor([1.0, 5.0, 3.0, 9.0]), ["p", "q", "p", "q"]
-    scaled = torch.tensor([-1.0, -2.0, 1.0, 2.0], dtype=torch.float64) / (math.sqrt(8.75) + 1e-4)  # variance 2.5 / 8.75
+    # p has 1, 3 (mean 2), q has 5, 9 (mean 7); all four have variance 8.75
+    rewards = torch.tensor([[1.0, 3.0], [5.0, 9.0]])
+    scaled = torch.tensor([[-1.0, 1.0], [-2.0, 2.0]]).double() / (math.sqrt(8.75) + 1e-4)  # variance 2.5 / 8.75
     want = scaled / (math.sqrt(2.5) / (math.sqrt(8.75) + 1e-4) + 1e-4)
-    assert close(group_advantages({"a": rewards}, prompts, {"a": 1.0}), want)
+    assert close(group_advantages({"a": rewards}, {"a": 1.0}), want)
     # a scorer that is flat within each group adds nothing but rounding, whatever its weight
-    flat = {"a": rewards, "b": torch.tensor([3.0, 7.0, 3.0, 7.0])}
-    assert informative(flat, prompts, {"a": 1.0, "b": 1.0}).all() and not informative(flat, prompts, {"b": 1.0}).any()
-    assert close(group_advantages(flat, prompts, {"a": 1.0, "b": 100.0}), want)
+    flat = {"a": rewards, "b": torch.tensor([[3.0, 3.0], [7.0, 7.0]])}
+    assert has_signal(flat, {"a": 1.0, "b": 1.0}).all() and not has_signal(flat, {"a": 0.0, "b": 1.0}).any()
+    assert close(group_advantages(flat, {"a": 1.0, "b": 100.0}), want)
     opposed = {"a": rewards, "b": -10 * rewards}  # each scorer in units of its own spread: weight 2 wins over 1
-    assert close(group_advantages(opposed, prompts, {"a": 1.0, "b": 2.0}), -want, atol=1e-3)
+    assert close(group_advantages(opposed, {"a": 1.0, "b": 2.0}), -want, atol=1e-3)
     # groups of one: the global mean, 3, in place of their own; variance 3.5
-    got = group_advantages({"a": torch.tensor([1.0, 2.0, 3.0, 6.0])}, list("pqrs"), {"a": 1.0})
-    assert close(got, torch.tensor([-2.0, -1.0, 0.0, 3.0]) / math.sqrt(3.5), atol=1e-3)
+    got = group_advantages({"a": torch.tensor([[1.0], [2.0], [3.0], [6.0]])}, {"a": 1.0})
+    assert close(got, torch.tensor([[-2.0], [-1.0], [0.0], [3.0]]) / math.sqrt(3.5), atol=1e-3)
 
 
 def test_stage_2_ema_warms_up():

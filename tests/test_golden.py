@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +22,12 @@ from safetensors.torch import load_file
 import acdmd
 import models
 import rtdmd
-from models import cps_log_prob, cps_mean, cps_step, lora_modules, renoise
+from acdmd import renoise
+from models import cps_mean, cps_step, lora_modules
 from rewards import geneval_check
+from rtdmd import cps_log_prob
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(os.environ.get("GOLDEN") or Path(__file__).parent / "golden")
 TOPICS = json.loads((GOLDEN / "index.json").read_text())["topics"]
 GENEVAL = json.loads((GOLDEN / "geneval.json").read_text())
 
@@ -87,7 +90,12 @@ def ppo(x, p, want):
 def advantages(x, p, want):
     rewards = {name.removeprefix("reward_"): r for name, r in x.items() if name.startswith("reward_")}
     weights = vars(p).get("weights") or dict.fromkeys(rewards, 1.0)
-    return {"advantage": rtdmd.group_advantages(rewards, p.prompts, weights)}
+    order = sorted(range(len(p.prompts)), key=lambda i: p.prompts[i])  # groups may be interleaved there
+    n_groups = len(set(p.prompts))
+    grouped = {name: r[order].view(n_groups, -1) for name, r in rewards.items()}
+    got = torch.empty(len(order))
+    got[order] = rtdmd.group_advantages(grouped, weights).flatten()
+    return {"advantage": got}
 
 
 def ema(x, p, want):
@@ -172,7 +180,7 @@ def predictor(backbone, x, role, rows=slice(None), guidance=1.0):
 
     def predict(x, sigma):
         fitted = {name: torch.cat([c] * (len(x) // len(c))) for name, c in cond.items()}
-        return backbone.velocity(x, sigma, fitted, guidance, uncond, role)
+        return backbone.velocity(role, x, sigma, fitted, guidance, uncond)
 
     return predict
 
@@ -207,7 +215,7 @@ def predict(x, p, want):
     )
     if "pooled" in x:
         cond["pooled_projections"] = x["pooled"]
-    v = backbone.velocity(x["x"], x["t"] / 1000, cond, p.guidance, uncond, "teacher")
+    v = backbone.velocity("teacher", x["x"], x["t"] / 1000, cond, p.guidance, uncond)
     (call,) = handed
     assert len(call["hidden_states"]) == len(v) * p.forward_passes  # two passes of the release are one batch here
     half = lambda value: value[: len(v)]  # noqa: E731

@@ -31,19 +31,25 @@ def weights_of(folder, adapter):
 
 def test_an_iteration_of_stage_1(tmp_path, monkeypatch):
     """L_ac + gamma L_cons moves the fake score every time, L_G the generator every second time."""
-    updates, wanted, step = [], {}, acdmd.step_optimizer
-    fake_losses, generator_loss = acdmd.fake_losses, acdmd.generator_loss
+    updates, wanted, losses, step = [], {}, {}, acdmd.step_optimizer
+    run = {}
 
-    def spied_fake(backbone, *args):
-        loss_ac, loss_cons = fake_losses(backbone, *args)
-        wanted["fake"] = models.adapter_parameters(backbone.transformer, "fake")
-        wanted["fake_gradient"] = gradient(loss_ac + 0.5 * loss_cons, wanted["fake"])
-        return loss_ac, loss_cons
+    def adapters(self, networks, *args):
+        run["parameters"] = dict(zip(networks, begin(self, networks, *args), strict=True))
+        return list(run["parameters"].values())
 
-    def spied_generator(backbone, *args):
-        loss = generator_loss(backbone, *args)
-        wanted["generator"] = models.adapter_parameters(backbone.transformer, "generator")
-        wanted["generator_gradient"] = gradient(loss, wanted["generator"])
+    def spied(name):
+        loss_of = getattr(acdmd, name)
+
+        def loss(*args, **kwargs):
+            losses[name] = loss_of(*args, **kwargs)
+            role = "generator" if name == "distribution_matching_loss" else "fake"
+            wanted[role] = run["parameters"][role]
+            if name != "fake_score_loss":
+                whole = losses[name] if role == "generator" else losses["fake_score_loss"] + 0.5 * losses[name]
+                wanted[f"{role}_gradient"] = gradient(whole, wanted[role])
+            return losses[name]
+
         return loss
 
     def spied_step(optimizer, *args):
@@ -53,8 +59,10 @@ def test_an_iteration_of_stage_1(tmp_path, monkeypatch):
         close(torch.cat([p.grad.flatten() for p in parameters]), wanted[f"{updates[-1]}_gradient"])
         return step(optimizer, *args)
 
-    monkeypatch.setattr(acdmd, "fake_losses", spied_fake)
-    monkeypatch.setattr(acdmd, "generator_loss", spied_generator)
+    begin = models.Run.adapters
+    monkeypatch.setattr(models.Run, "adapters", adapters)
+    for name in ("fake_score_loss", "consistency", "distribution_matching_loss"):
+        monkeypatch.setattr(acdmd, name, spied(name))
     monkeypatch.setattr(acdmd, "step_optimizer", spied_step)
     flags = f"{STAGE_1} --sample_every 0 --save_every 1 --out {tmp_path}".split()
     acdmd.main(acdmd.parse_args(flags))
@@ -66,38 +74,45 @@ def test_an_iteration_of_stage_1(tmp_path, monkeypatch):
     close(weights_of(four, "generator_ema"), 0.9 * 0.19 * moved + 0.1 * weights_of(four, "generator"))
 
 
-def test_the_teacher_of_the_matching_loss_is_guided_and_the_fake_score_is_not():
-    backbone = models.load("classroom")
-    models.load_adapter(backbone.transformer, "fake", ROOT / "classroom/adapters/acdmd/fake")
-    backbone.roles["fake"] = ("fake",)
-    args, key, rows = acdmd.parse_args(["--guidance_scale", "2.5"]), (0,), range(2)
-    cond, uncond = backbone.encode(["a circle", "a red cross"]), backbone.encode([""])
-    x_s, s = acdmd.rollout(backbone, cond, backbone.sigmas(), 2, args, rows, key)
-    got = acdmd.generator_loss(backbone, cond, uncond, x_s, s, args, rows, key)
+def test_the_teacher_of_the_matching_loss_is_guided_and_the_fake_score_is_not(tmp_path, monkeypatch):
+    """L_G of an iteration, written down again from what the rollout gave."""
+    seen, rollout, matching = {}, acdmd.rollout, acdmd.distribution_matching_loss
 
-    shape = backbone.latent_shape
-    noise, back = (models.draw(torch.randn, shape, rows, *key, name) for name in ("z", "back"))
-    t = acdmd.draw_t(models.draw(torch.rand, (), rows, *key, "t"), s)
-    with torch.no_grad():
-        x_t = models.renoise(x_s, s, t, noise)[0]
-        both = {name: value.expand_as(cond[name]) for name, value in uncond.items()}
-        v_c, v_u = (backbone.velocity(x_t, t, c, role="teacher") for c in (cond, both))
-        v_fake = backbone.velocity(x_t, t, cond, role="fake")
-        walks = (models.cps_step(x_t, v, t, s, args.eta, back) for v in (v_fake, v_u + 2.5 * (v_c - v_u)))
-        torch.testing.assert_close(got, acdmd.distribution_matching_loss(x_s, *walks))
+    def spied_rollout(backbone, cond, levels, eta, noise, grad=False):
+        x_s = rollout(backbone, cond, levels, eta, noise, grad)
+        seen.update(backbone=backbone, cond=cond, s=levels[-1], noise=noise, x_s=x_s)
+        return x_s
+
+    def spied_matching(*args):
+        loss = matching(*args)
+        backbone, cond, noise, s = (seen[name] for name in ("backbone", "cond", "noise", "s"))
+        t = acdmd.draw_t(noise.uniform("t"), s)
+        with torch.no_grad():
+            x_t = acdmd.renoise(seen["x_s"], s, t, noise.normal("z"))[0]
+            both = {name: value.expand_as(cond[name]) for name, value in backbone.encode([""]).items()}
+            v_c, v_u = (backbone.velocity("teacher", x_t, t, c) for c in (cond, both))
+            v_fake, back = backbone.velocity("fake", x_t, t, cond), noise.normal("back")
+            walks = (models.cps_step(x_t, v, t, s, 0.7, back) for v in (v_fake, v_u + 2.5 * (v_c - v_u)))
+            torch.testing.assert_close(loss.detach(), matching(seen["x_s"], *walks))
+        seen["compared"] = seen.get("compared", 0) + 1
+        return loss
+
+    monkeypatch.setattr(acdmd, "rollout", spied_rollout)
+    monkeypatch.setattr(acdmd, "distribution_matching_loss", spied_matching)
+    flags = f"{STAGE_1} --guidance_scale 2.5 --eta 0.7 --sample_every 0 --out {tmp_path}".split()
+    acdmd.main(acdmd.parse_args(flags))
+    assert seen["compared"] == 2
 
 
 def test_steps_back_in_time_are_1_to_delta_max(monkeypatch):
     backbone, seen = models.load("classroom"), []
     monkeypatch.setattr(acdmd, "consistency_loss", lambda *args: seen.append(args[4]) or torch.zeros(()))
     monkeypatch.setattr(rtdmd, "consistency_loss", lambda *args: seen.append(args[4]) or torch.zeros(()))
-    monkeypatch.setattr(backbone, "velocity", lambda x, *args, **kwargs: x)
     monkeypatch.setattr(rtdmd, "DELTA_MAX", 3)
-    one, two = acdmd.parse_args(["--delta_max", "3"]), rtdmd.parse_args(STAGE_2.split())
-    one.consistency_batch = two.consistency_batch = None
     cond, x = backbone.encode(["a circle"] * 64), torch.zeros(64, *backbone.latent_shape)
-    acdmd.fake_losses(backbone, cond, x, 0.5, one, range(64), (0,))
-    rtdmd.fake_loss(backbone, cond, x, two, range(64), (0,))
+    noise, start = models.Noise(0, range(64), backbone.latent_shape, "cpu"), (x, torch.full((64,), 0.5), x)
+    acdmd.consistency(backbone, cond, start, noise, 0.9, 3)
+    rtdmd.consistency(backbone, cond, start, noise, 0.9)
     assert all(delta.unique().tolist() == [1, 2, 3] for delta in seen) and len(seen) == 2
 
 
@@ -105,38 +120,48 @@ def test_an_epoch_of_stage_2(tmp_path, monkeypatch):
     """The gradients that micro-batches and single steps add up are those of the whole loss, written down at once."""
     args = rtdmd.parse_args(f"{STAGE_2} --save_every 1 --out {tmp_path}".split())
     seen, updates = {}, []
-    sample, step = rtdmd.sample, rtdmd.step_optimizer
+    sample, step, advantages_ = rtdmd.sample, rtdmd.step_optimizer, rtdmd.group_advantages
+    load_scorers = rewards.load_scorers
 
-    def spied_sample(backbone, scorers, prompts, metadata, sigmas, chosen, args, indices, epoch):
-        rollouts = sample(backbone, scorers, prompts, metadata, sigmas, chosen, args, indices, epoch)
-        if indices[0] == 0:
-            seen.update(backbone=backbone, scorers=scorers, sigmas=sigmas, chosen=chosen, epoch=epoch, parts=[])
-        seen["parts"].append((prompts, *rollouts))
-        return rollouts
+    def spied_sample(backbone, prompts, sigmas, chosen, eta, noise):
+        states, log_probs = sample(backbone, prompts, sigmas, chosen, eta, noise)
+        if noise.indices[0] == 0:
+            seen.update(backbone=backbone, sigmas=sigmas, chosen=chosen, epoch=noise.key[1], parts=[])
+        seen["parts"].append((prompts, states))
+        return states, log_probs
+
+    def spied_advantages(scores, weights):
+        seen["advantages"] = advantages_(scores, weights)
+        return seen["advantages"]
+
+    def spied_scorers(*args):
+        seen["scorers"] = load_scorers(*args)
+        return seen["scorers"]
 
     def whole_losses():
-        backbone, sigmas, rows = seen["backbone"], seen["sigmas"], range(8)
+        backbone, sigmas, eta = seen["backbone"], seen["sigmas"], args.eta
         backbone.roles |= {"whole": ("distilled", "rl"), "whole_fake": ("fake", "fake_rl")}
-        prompts = [p for texts, *_ in seen["parts"] for p in texts]
-        states = torch.cat([part[1] for part in seen["parts"]])
-        scores = {name: torch.cat([part[3][name] for part in seen["parts"]]) for name in args.rewards}
-        advantages = rtdmd.group_advantages(scores, prompts, args.rewards)
+        prompts = [p for texts, _ in seen["parts"] for p in texts]
+        states, advantages = torch.cat([part[1] for part in seen["parts"]]), seen["advantages"].flatten()
         cond, uncond, key = backbone.encode(prompts), backbone.encode([""]), (args.seed, seen["epoch"])
+        noise = {use: models.Noise(*key, use, range(8), backbone.latent_shape, "cpu") for use in ("fake", "generator")}
 
-        loss_ac, loss_cons = rtdmd.fake_loss(backbone, cond, states[:, -1], args, rows, (*key, "fake"))
-        yield loss_ac + 0.5 * loss_cons
+        x_t, t, z = rtdmd.noised(states[:, -1], noise["fake"])
+        v = backbone.velocity("whole_fake", x_t, t, cond)
+        loss_ac = rtdmd.fake_score_loss(v, states[:, -1], z, t)
+        yield loss_ac + 0.5 * rtdmd.consistency(backbone, cond, (x_t, t, v), noise["fake"], eta)
 
         terms = []
         for j in seen["chosen"]:
-            v = backbone.velocity(states[:, j], sigmas[j], cond, role="whole")
-            log_prob = models.cps_log_prob(states[:, j + 1], states[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
+            v = backbone.velocity("whole", states[:, j], sigmas[j], cond)
+            log_prob = rtdmd.cps_log_prob(states[:, j + 1], states[:, j], v, sigmas[j], sigmas[j + 1], eta)
             terms.append(rtdmd.policy_loss(log_prob, log_prob.detach(), advantages))
-        v = backbone.velocity(states[:, 3], sigmas[3], cond, role="whole")
+        v = backbone.velocity("whole", states[:, 3], sigmas[3], cond)
         x0 = states[:, 3] - sigmas[3] * v
         with torch.no_grad():
-            x_t, t, _ = rtdmd.noised(backbone, x0, rows, (*key, "generator"))
-            v_teacher = backbone.velocity(x_t, t, cond, args.guidance_scale, uncond, role="teacher")
-            v_fake = backbone.velocity(x_t, t, cond, role="whole_fake")
+            x_t, t, _ = rtdmd.noised(x0, noise["generator"])
+            v_teacher = backbone.velocity("teacher", x_t, t, cond, args.guidance_scale, uncond)
+            v_fake = backbone.velocity("whole_fake", x_t, t, cond)
             x0_fake, x0_teacher = (x_t - models.per_sample(t, x_t) * v for v in (v_fake, v_teacher))
         reward = seen["scorers"].differentiable(backbone.decode(x0), prompts)
         matching = rtdmd.distribution_matching_loss(x0, x0_fake, x0_teacher)
@@ -151,6 +176,8 @@ def test_an_epoch_of_stage_2(tmp_path, monkeypatch):
         return step(optimizer, *rest)
 
     monkeypatch.setattr(rtdmd, "sample", spied_sample)
+    monkeypatch.setattr(rtdmd, "group_advantages", spied_advantages)
+    monkeypatch.setattr(rewards, "load_scorers", spied_scorers)
     monkeypatch.setattr(rtdmd, "step_optimizer", spied_step)
     rtdmd.main(args)
     assert updates == ["fake", "generator"] * 3

@@ -1,7 +1,6 @@
 """Backbone, adapters and state, on the committed classroom teacher."""
 
 import json
-import types
 
 import pytest
 import torch
@@ -28,12 +27,12 @@ def backbone():
 
 def gradients(backbone, role, parameters):
     x = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x"))
-    v = backbone.velocity(x, 0.7, backbone.encode(PROMPTS), role=role)
+    v = backbone.velocity(role, x, 0.7, backbone.encode(PROMPTS))
     return torch.autograd.grad(v.square().sum(), parameters)
 
 
 def test_many_step_sampling_equals_the_pipelines_own_call(backbone):
-    noise = models.draw(torch.randn, backbone.latent_shape, range(3), "sample", 5, "start")
+    noise = models.Noise("sample", 5, range(3), backbone.latent_shape, "cpu").normal("start")
     call = dict(num_inference_steps=8, guidance_scale=3.0, max_sequence_length=backbone.text_tokens, latents=noise)
     backbone.pipe.set_progress_bar_config(disable=True)
     want = backbone.pipe(PROMPTS, output_type="pt", **call).images
@@ -44,7 +43,7 @@ def test_many_step_sampling_equals_the_pipelines_own_call(backbone):
 
 def test_roles_differ_and_adapters_nest(backbone):
     x, cond = torch.randn(3, *backbone.latent_shape), backbone.encode(PROMPTS)
-    teacher, generator, fake = (backbone.velocity(x, 0.5, cond, role=r) for r in ("teacher", "generator", "fake"))
+    teacher, generator, fake = (backbone.velocity(r, x, 0.5, cond) for r in ("teacher", "generator", "fake"))
     assert (teacher - generator).abs().max() > 1e-3 and (generator - fake).abs().max() > 1e-3
     with models.adapters(backbone.transformer, "fake"):
         with models.adapters(backbone.transformer):
@@ -62,8 +61,8 @@ def test_checkpointing_gives_the_same_gradients_even_if_another_role_ran_in_betw
     models.enable_checkpointing(backbone.transformer)
     try:
         x = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x"))
-        v = backbone.velocity(x, 0.7, backbone.encode(PROMPTS), role=role)
-        backbone.velocity(x, 0.2, backbone.encode(PROMPTS), role="teacher")
+        v = backbone.velocity(role, x, 0.7, backbone.encode(PROMPTS))
+        backbone.velocity("teacher", x, 0.2, backbone.encode(PROMPTS))
         with models.adapters(backbone.transformer, *backbone.roles["fake" if role == "generator" else "generator"]):
             recomputed = torch.autograd.grad(v.square().sum(), parameters)
     finally:
@@ -76,17 +75,17 @@ def test_checkpointing_gives_the_same_gradients_even_if_another_role_ran_in_betw
 def test_teacher_is_bit_identical_through_training_and_the_base_is_held_once(backbone):
     x, cond = torch.randn(3, *backbone.latent_shape), backbone.encode(PROMPTS)
     with torch.no_grad():
-        before = backbone.velocity(x, 0.5, cond, role="teacher")
+        before = backbone.velocity("teacher", x, 0.5, cond)
     parameters = models.adapter_parameters(backbone.transformer, "generator")
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    loss = backbone.velocity(x, 0.5, cond, role="generator").square().mean()
+    loss = backbone.velocity("generator", x, 0.5, cond).square().mean()
     with torch.no_grad():
-        assert torch.equal(backbone.velocity(x, 0.5, cond, role="teacher"), before)
+        assert torch.equal(backbone.velocity("teacher", x, 0.5, cond), before)
     loss.backward()
     optimizer.step()
     with torch.no_grad():
-        assert torch.equal(backbone.velocity(x, 0.5, cond, role="teacher"), before)
-        assert not torch.equal(backbone.velocity(x, 0.5, cond, role="generator"), before)
+        assert torch.equal(backbone.velocity("teacher", x, 0.5, cond), before)
+        assert not torch.equal(backbone.velocity("generator", x, 0.5, cond), before)
     frozen = [p for p in backbone.transformer.parameters() if not p.requires_grad]
     storages = {p.untyped_storage().data_ptr() for p in frozen}
     folder = models.CLASSROOM / "teacher/transformer"
@@ -168,7 +167,7 @@ def test_adapters_of_other_tools_load(backbone, tmp_path, kind):
     backbone.roles["again"] = (kind,)
     x, cond = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x")), backbone.encode(PROMPTS)
     with torch.no_grad():
-        v = {role: backbone.velocity(x, 0.5, cond, role=role) for role in ("generator", "again", "teacher")}
+        v = {role: backbone.velocity(role, x, 0.5, cond) for role in ("generator", "again", "teacher")}
     assert torch.equal(v["generator"], v["again"]) and not torch.equal(v["generator"], v["teacher"])
 
 
@@ -246,7 +245,7 @@ def test_export_is_the_stack_merged(backbone, tmp_path):
     merged = SD3Transformer2DModel.from_pretrained(tmp_path / "merged")
     pipe = StableDiffusion3Pipeline.from_pretrained(models.CLASSROOM / "teacher", transformer=merged)
     pipe.set_progress_bar_config(disable=True)
-    noise = models.draw(torch.randn, backbone.latent_shape, range(3), "sample", 0, "start")
+    noise = models.Noise("sample", 0, range(3), backbone.latent_shape, "cpu").normal("start")
     call = dict(num_inference_steps=4, guidance_scale=1.0, max_sequence_length=backbone.text_tokens, latents=noise)
     want = pipe(PROMPTS, output_type="pt", **call).images
     backbone.roles["both"] = ("generator", "fake")
@@ -258,7 +257,7 @@ def test_export_is_the_stack_merged(backbone, tmp_path):
 def test_stage_2_losses_equal_stage_1_at_s_0(backbone):
     x0, x_fake, x_teacher, noise, n1, n2 = torch.randn(6, 3, *backbone.latent_shape, generator=models.seeded("s0"))
     sigma_t, delta = torch.tensor([0.02, 0.4, 0.98]), torch.tensor([200, 7, 100])
-    x_t, target, sigma_ts = models.renoise(x0, 0.0, sigma_t, noise)
+    x_t, target, sigma_ts = acdmd.renoise(x0, 0.0, sigma_t, noise)
     parameters = models.adapter_parameters(backbone.transformer, "fake")
     cond = {k: torch.cat([c, c]) for k, c in backbone.encode(PROMPTS).items()}
 
@@ -270,8 +269,8 @@ def test_stage_2_losses_equal_stage_1_at_s_0(backbone):
         for g, h in zip(one, two, strict=True):
             torch.testing.assert_close(g, h, atol=1e-6, rtol=1e-4)
 
-    v = lambda: backbone.velocity(x_t, sigma_t, backbone.encode(PROMPTS), role="fake")  # noqa: E731
-    predict = lambda x, sigma: backbone.velocity(x, sigma, cond, role="fake")  # noqa: E731
+    v = lambda: backbone.velocity("fake", x_t, sigma_t, backbone.encode(PROMPTS))  # noqa: E731
+    predict = lambda x, sigma: backbone.velocity("fake", x, sigma, cond)  # noqa: E731
     both(
         lambda: acdmd.fake_score_loss(v(), target, sigma_ts),
         lambda: rtdmd.fake_score_loss(v(), x0, noise, sigma_t),
@@ -285,32 +284,34 @@ def test_stage_2_losses_equal_stage_1_at_s_0(backbone):
 
 
 def test_whole_fake_loss_of_both_stages_is_equal_at_s_0(backbone):
-    args = types.SimpleNamespace(gamma=0.01, consistency_batch=None, delta_max=200, eta=0.9)
     x0 = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x0"))
-    cond, key = backbone.encode(PROMPTS), (0, 1, "fake")
-    one = acdmd.fake_losses(backbone, cond, x0, 0.0, args, range(3), key)
-    two = rtdmd.fake_loss(backbone, cond, x0, args, range(3), key)
-    for a, b in zip(one, two, strict=True):
+    cond, noise = backbone.encode(PROMPTS), models.Noise(0, 1, "fake", range(3), backbone.latent_shape, "cpu")
+    sigma_t = acdmd.draw_t(noise.uniform("t"), 0.0)
+    x_t, target, sigma_ts = acdmd.renoise(x0, 0.0, sigma_t, noise.normal("z"))
+    for a, b in zip(rtdmd.noised(x0, noise), (x_t, sigma_t, noise.normal("z")), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    v = backbone.velocity("fake", x_t, sigma_t, cond)
+    one = acdmd.fake_score_loss(v, target, sigma_ts)
+    torch.testing.assert_close(one, rtdmd.fake_score_loss(v, x0, noise.normal("z"), sigma_t), atol=1e-6, rtol=1e-5)
+    one = acdmd.consistency(backbone, cond, (x_t, sigma_t, v), noise[:2], 0.9, rtdmd.DELTA_MAX)
+    two = rtdmd.consistency(backbone, cond, (x_t, sigma_t, v), noise[:2], 0.9)
+    torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+    assert one != 0 and rtdmd.consistency(backbone, cond, (x_t, sigma_t, v), noise[:0], 0.9) == 0
 
 
-def test_generator_gradient_of_both_stages_is_equal_at_s_0_and_comes_from_the_right_roles(backbone):
-    args = types.SimpleNamespace(dm_weight=0.5, bp_weight=0.0, guidance_scale=2.5, eta=0.9)
+def test_the_matching_gradient_of_stage_2_comes_from_the_right_roles(backbone):
     x0 = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x0")).requires_grad_()
-    cond, uncond, key = backbone.encode(PROMPTS), backbone.encode([""]), (0, 1, "generator")
-    loss = acdmd.generator_loss(backbone, cond, uncond, x0, 0.0, args, range(3), key)
-    (gradient,) = torch.autograd.grad(loss, x0)
-    g_dm, g_bp, loss_dm, _ = rtdmd.last_step_gradients(backbone, None, PROMPTS, cond, uncond, x0, args, range(3), key)
-    torch.testing.assert_close(g_dm, 0.5 * gradient, atol=1e-8, rtol=1e-4)
-    torch.testing.assert_close(loss_dm, loss.detach())
-    assert not g_bp.any()
+    cond, noise = backbone.encode(PROMPTS), models.Noise(0, 1, "generator", range(3), backbone.latent_shape, "cpu")
+    loss, gradient = rtdmd.matching_gradient(backbone, cond, x0, noise, 2.5)
     with torch.no_grad():  # the same by hand: g = (x0_fake - guided x0_teacher) / mean|x0 - x0_teacher|
-        x_t, sigma_t, _ = rtdmd.noised(backbone, x0, range(3), key)
-        x_fake = x_t - models.per_sample(sigma_t, x_t) * backbone.velocity(x_t, sigma_t, cond, role="fake")
-        v = backbone.velocity(x_t, sigma_t, cond, 2.5, uncond, role="teacher")
+        x_t, sigma_t, _ = rtdmd.noised(x0, noise)
+        x_fake = x_t - models.per_sample(sigma_t, x_t) * backbone.velocity("fake", x_t, sigma_t, cond)
+        v = backbone.velocity("teacher", x_t, sigma_t, cond, 2.5, backbone.encode([""]))
         x_teacher = x_t - models.per_sample(sigma_t, x_t) * v
         g = (x_fake - x_teacher) / (x0 - x_teacher).abs().mean((1, 2, 3), keepdim=True)
+        want = acdmd.distribution_matching_loss(x0, x_fake, x_teacher)
     torch.testing.assert_close(gradient, g / g.numel(), atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(loss.detach(), want)
 
 
 def test_presets_equal_the_published_table(monkeypatch, tmp_path):
@@ -349,8 +350,12 @@ def test_resolution_and_model_are_checked(backbone):
         models.load("classroom", resolution=50)
     with pytest.raises(ValueError, match="unknown model 'sd4'; allowed: classroom"):
         models.load("sd4")
-    with pytest.raises(ValueError, match="guidance_scale > 1 needs uncond"):
-        backbone.velocity(torch.randn(3, *backbone.latent_shape), 0.5, backbone.encode(PROMPTS), 2.0)
+    with pytest.raises(ValueError, match="resolution 80: this transformer's table of positions ends at 64"):
+        models.load("classroom", resolution=80)
+    x, cond = torch.randn(3, *backbone.latent_shape), backbone.encode(PROMPTS)  # guidance is away from the empty prompt
+    with torch.no_grad():
+        v = [backbone.velocity("teacher", x, 0.5, cond, 2.0, *more) for more in ((), (backbone.encode([""]),))]
+    assert torch.equal(*v)
 
 
 def test_a_saved_stack_loads_in_diffusers_and_gives_the_same_image(backbone, tmp_path):
@@ -361,7 +366,7 @@ def test_a_saved_stack_loads_in_diffusers_and_gives_the_same_image(backbone, tmp
         models.save_adapter(backbone.transformer, name, tmp_path / name)
         pipe.load_lora_weights(tmp_path / name, adapter_name=name)
     pipe.set_adapters(["generator", "fake"])
-    noise = models.draw(torch.randn, backbone.latent_shape, range(3), "sample", 0, "start")
+    noise = models.Noise("sample", 0, range(3), backbone.latent_shape, "cpu").normal("start")
     call = dict(num_inference_steps=4, guidance_scale=1.0, max_sequence_length=backbone.text_tokens, latents=noise)
     want = pipe(PROMPTS, output_type="pt", **call).images
     backbone.roles["both"] = ("generator", "fake")

@@ -1,11 +1,10 @@
 """Properties of the shared formulas for any shape, dtype, batch, group size and schedule (hypothesis)."""
 
 import math
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +42,7 @@ def test_a_cps_step_of_exact_velocity_lands_on_the_marginal(shape, dtype, sigma,
 def test_log_prob_is_the_negative_mean_square_and_largest_at_the_mean(shape, sigma, seed):
     x, v, z = (randn(shape, seed + i) for i in range(3))
     mean = models.cps_mean(x, v, sigma, sigma / 2, 0.9)
-    at_mean, away = (models.cps_log_prob(y, x, v, sigma, sigma / 2, 0.9) for y in (mean, mean + z))
+    at_mean, away = (rtdmd.cps_log_prob(y, x, v, sigma, sigma / 2, 0.9) for y in (mean, mean + z))
     assert at_mean.shape == (shape[0],) and (at_mean.abs() < 1e-10).all()
     torch.testing.assert_close(away, -z.square().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
 
@@ -53,7 +52,7 @@ def test_renoising_keeps_the_level(shape, sigma_s, share, seed):
     """x_t = a x_s + sigma_ts z has the coefficients of level t: a (1-s) = 1-t and a^2 s^2 + sigma_ts^2 = t^2."""
     sigma_t = sigma_s + share * (0.99 - sigma_s)
     x_s, z = randn(shape, seed), randn(shape, seed + 1)
-    x_t, target, sigma_ts = models.renoise(x_s, sigma_s, sigma_t, z)
+    x_t, target, sigma_ts = acdmd.renoise(x_s, sigma_s, sigma_t, z)
     a = (1 - sigma_t) / (1 - sigma_s)
     assert x_t.shape == target.shape == shape and torch.isfinite(target).all()
     torch.testing.assert_close(
@@ -65,50 +64,47 @@ def test_renoising_keeps_the_level(shape, sigma_s, share, seed):
 @given(
     st.lists(st.integers(1, 1000), min_size=1, max_size=8, unique=True),
     st.sampled_from(["sd3", "flux1", "flux2"]),
+    st.booleans(),
     st.integers(16, 8192),
 )
-def test_few_step_schedules_fall_to_0(steps, family, tokens):
-    config = SimpleNamespace(shift=3.0, base_image_seq_len=256, max_image_seq_len=4096, base_shift=0.5)
-    config.max_shift, config.shift_terminal = 1.15, None
+def test_few_step_schedules_fall_to_0(steps, family, dynamic, tokens):
+    config = dict(shift=3.0, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096, use_dynamic_shifting=dynamic)
     steps = sorted(steps, reverse=True)
-    sigmas = models.few_step_sigmas(SimpleNamespace(config=config), steps, tokens, family)
+    sigmas = models.few_step_sigmas(FlowMatchEulerDiscreteScheduler(**config), steps, tokens, family)
     assert len(sigmas) == len(steps) + 1 and sigmas[-1] == 0.0
     assert all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False)) and sigmas[0] <= 1
     if steps[0] == 1000:
         assert sigmas[0] == pytest.approx(1)
+    if not dynamic:  # as FLUX.1-schnell's: the shift is what the scheduler says, whatever the family
+        assert sigmas[:-1] == pytest.approx([3 * s / (1000 + 2 * s) for s in steps])
 
 
-groups = st.integers(1, 6).flatmap(lambda n: st.lists(st.integers(1, 5), min_size=n, max_size=n))
+REWARDS = st.tuples(st.integers(1, 6), st.integers(1, 5), SEEDS)  # groups, images of each
 
 
-@given(groups, SEEDS, st.floats(-100, 100), st.permutations(range(30)))
-def test_advantages_are_centred_and_blind_to_what_a_prompt_is_worth(sizes, seed, shift, order):
-    """Mean 0, no group favoured; the order of images and a constant on all rewards change nothing."""
-    prompts = [f"p{i}" for i, n in enumerate(sizes) for _ in range(n)]
-    rng = np.random.default_rng(seed)
-    rewards = {name: rng.normal(size=len(prompts)) for name in ("a", "b")}
+@given(REWARDS, st.floats(-100, 100), st.permutations(range(6)))
+def test_advantages_are_centred_and_blind_to_what_a_prompt_is_worth(sizes, shift, order):
+    """Mean 0, no group favoured; the order of groups and a constant on all rewards change nothing."""
+    G, K, seed = sizes
+    rewards = {"a": randn((G, K), seed), "b": randn((G, K), seed + 1)}
     weights = {"a": 1.0, "b": 0.5}
-    A = rtdmd.group_advantages(rewards, prompts, weights)
-    assert A.dtype == torch.float32 and A.mean().abs() < 1e-4 and torch.isfinite(A).all()
-    order = [i for i in order if i < len(prompts)]
-    mixed = rtdmd.group_advantages({k: r[order] for k, r in rewards.items()}, [prompts[i] for i in order], weights)
+    A = rtdmd.group_advantages(rewards, weights)
+    assert A.dtype == torch.float32 and A.shape == (G, K) and A.mean().abs() < 1e-4 and torch.isfinite(A).all()
+    order = [i for i in order if i < G]
+    mixed = rtdmd.group_advantages({k: r[order] for k, r in rewards.items()}, weights)
     torch.testing.assert_close(mixed, A[order], rtol=1e-5, atol=1e-5)
-    if min(sizes) > 1:
-        for p in set(prompts):
-            assert A[[q == p for q in prompts]].mean().abs() < 1e-3
-        every = {k: r + shift for k, r in rewards.items()}  # of all prompts: the global deviation stays
-        torch.testing.assert_close(rtdmd.group_advantages(every, prompts, weights), A, rtol=1e-3, atol=1e-3)
+    if K > 1:
+        assert (A.mean(1).abs() < 1e-3).all()
+        moved = {k: r.double() + shift for k, r in rewards.items()}  # of all prompts: the global deviation stays
+        torch.testing.assert_close(rtdmd.group_advantages(moved, weights), A, rtol=1e-3, atol=1e-3)
 
 
-@given(groups, SEEDS)
-def test_groups_without_signal_are_found(sizes, seed):
-    prompts = [f"p{i}" for i, n in enumerate(sizes) for _ in range(n)]
-    rng = np.random.default_rng(seed)
-    flat = {p: bool(rng.integers(2)) for p in set(prompts)}
-    rewards = {"a": np.array([1.0 if flat[p] else rng.normal() for p in prompts])}
-    got = rtdmd.informative(rewards, prompts, {"a": 1.0})
-    want = [prompts.count(p) == 1 or not flat[p] for p in prompts]
-    assert got.tolist() == want
+@given(REWARDS)
+def test_groups_without_signal_are_found(sizes):
+    G, K, seed = sizes
+    flat = randn((G,), seed) > 0
+    rewards = {"a": torch.where(flat[:, None], torch.ones(G, K), randn((G, K), seed + 1)), "b": randn((G, K), seed)}
+    assert rtdmd.has_signal(rewards, {"a": 1.0, "b": 0.0}).tolist() == [K == 1 or not f for f in flat.tolist()]
 
 
 @given(SHAPES, SEEDS, st.floats(1e-3, 10))
@@ -144,7 +140,7 @@ def test_shared_noise_is_one_per_prompt_step_and_epoch(prompts, step, seed):
 
 @given(st.integers(1, 40), st.integers(1, 5), SEEDS)
 def test_samples_draw_the_same_however_the_batch_is_split(n, ranks, seed):
-    whole = models.draw(torch.randn, (2, 2), range(n), seed, "z")
-    parts = [models.draw(torch.randn, (2, 2), list(range(n))[r::ranks], seed, "z") for r in range(min(n, ranks))]
+    whole = models.Noise(seed, range(n), (2, 2), "cpu").normal("z")
+    parts = [models.Noise(seed, list(range(n))[r::ranks], (2, 2), "cpu").normal("z") for r in range(min(n, ranks))]
     for r, part in enumerate(parts):
         assert torch.equal(part, whole[r::ranks])

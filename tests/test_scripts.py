@@ -68,7 +68,7 @@ def test_stage_1_moves_both_adapters_and_resumes_exactly(distilled, tmp_path):
 
 def test_stage_2_trains_and_resumes_exactly(distilled, tmp_path):
     whole = stage_2(tmp_path / "whole", distilled / "final", "--epochs", 4, "--save_every", 2)
-    assert {"reward/geneval", "grad_norm/policy", "grad_x0/dm", "grad_x0/bp", "loss/ac"} <= whole[0].keys()
+    assert {"reward/geneval", "loss/policy", "grad_x0/dm", "grad_x0/bp", "loss/ac"} <= whole[0].keys()
     assert whole[0]["clip_fraction"] == 0  # one optimiser step an epoch: the ratio is 1
     resumed = tmp_path / "whole" / "step_000002"
     rows = stage_2(tmp_path / "rest", distilled / "final", "--epochs", 4, "--resume", resumed)
@@ -226,8 +226,8 @@ def test_a_stop_in_the_middle_of_an_epoch_of_stage_2_loses_nothing(distilled, tm
     asked, sample_ = [], rtdmd.sample
 
     def interrupted(*args):
-        asked.append(args[-1])  # the epoch
-        if asked.count(1) == 1 and args[-1] == 1:
+        asked.append(args[-1].key[1])  # the epoch
+        if asked.count(1) == 1 and asked[-1] == 1:
             signal.raise_signal(signal.SIGTERM)
         return sample_(*args)
 
@@ -252,7 +252,7 @@ def test_ablations_of_stage_1(tmp_path, flags):
         (["--n_chosen", "3"], ()),
         (["--bp_weight", "0"], ()),
         (["--dm_weight", "0"], ("loss/ac", "grad_norm/fake")),
-        (["--policy_weight", "0"], ("loss/policy", "grad_norm/policy")),
+        (["--policy_weight", "0"], ("loss/policy", "ratio_drift")),
     ),
 )
 def test_ablations_of_stage_2(distilled, tmp_path, flags, absent, monkeypatch):
@@ -266,38 +266,35 @@ def test_ablations_of_stage_2(distilled, tmp_path, flags, absent, monkeypatch):
 
 def test_groups_without_signal_do_not_count(distilled, tmp_path, monkeypatch):
     """Where one of two groups is flat, the policy gradient is the mean over the images of the other one."""
-    norms, flat = {}, torch.arange(8) < 4  # pick_prompts gives the groups in order
+    norms, flat = {}, torch.tensor([True, False])
     advantages = rtdmd.group_advantages
-    monkeypatch.setattr(rtdmd, "group_advantages", lambda *args: advantages(*args).masked_fill(flat, 0.0))
+    monkeypatch.setattr(rtdmd, "group_advantages", lambda *args: advantages(*args).masked_fill(flat[:, None], 0.0))
     flags = "--epochs 1 --batches 2 --batch_size 4 --group_size 4 --dm_weight 0 --bp_weight 0".split()
     for name, some in (("all", torch.ones_like(flat)), ("half", ~flat), ("none", torch.zeros_like(flat))):
-        monkeypatch.setattr(rtdmd, "informative", lambda *args, some=some: some)
-        norms[name] = stage_2(tmp_path / name, distilled / "final", *flags)[0]["grad_norm/policy"]
+        monkeypatch.setattr(rtdmd, "has_signal", lambda *args, some=some: some)
+        norms[name] = stage_2(tmp_path / name, distilled / "final", *flags)[0]["grad_norm/generator"]
     assert norms["half"] == pytest.approx(2 * norms["all"], rel=1e-4) and 0 < norms["none"] < math.inf
 
 
 def test_steps_that_are_not_trained_share_their_noise_in_a_group(monkeypatch):
-    backbone, args = models.load("classroom"), rtdmd.parse_args(["--distilled", str(ROOT / "classroom/adapters/acdmd")])
-    scorers = rewards.load_scorers({"clipscore": 1.0}, "cpu", models.CLASSROOM)
-    noises, step = [], rtdmd.cps_step
+    backbone, noises, step = models.load("classroom"), [], rtdmd.cps_step
     monkeypatch.setattr(rtdmd, "cps_step", lambda *call: noises.append(call[-1]) or step(*call))
     prompts, sigmas = ["a circle"] * 3 + ["a cross"], backbone.sigmas()
-    states, log_probs, _ = rtdmd.sample(backbone, scorers, prompts, [{}] * 4, sigmas, [0, 2], args, range(4), 0)
-    assert sorted(log_probs) == [0, 2] and states.shape == (4, 5, *backbone.latent_shape)
+    noise = models.Noise(0, 0, range(4), backbone.latent_shape, "cpu")
+    states, log_probs = rtdmd.sample(backbone, prompts, sigmas, [0, 2], 0.9, noise)
+    assert log_probs.bool().tolist() == [[True, False, True]] * 4 and states.shape == (4, 5, *backbone.latent_shape)
     for j, rows in enumerate(noises[:3]):
         same = [torch.equal(rows[0], row) for row in rows]
         assert same == ([True] * 3 + [False] if j == 1 else [True] + [False] * 3)
 
 
-def test_plain_dmd_matches_every_step_at_0():
-    backbone = models.load("classroom")
-    args = acdmd.parse_args(["--plain_dmd"])
-    cond, sigmas = backbone.encode(["a circle", "a cross"]), backbone.sigmas()
-    for k in (1, 2, 3, 4):
-        assert acdmd.rollout(backbone, cond, sigmas, k, args, range(2), (0,))[1] == 0.0
-        args.plain_dmd = False
-        assert acdmd.rollout(backbone, cond, sigmas, k, args, range(2), (0,))[1] == pytest.approx(sigmas[k])
-        args.plain_dmd = True
+@pytest.mark.parametrize("flags", ([], ["--plain_dmd"]))
+def test_a_step_is_matched_at_its_own_level_or_with_plain_dmd_at_0(tmp_path, monkeypatch, flags):
+    walked, rollout = set(), acdmd.rollout
+    monkeypatch.setattr(acdmd, "rollout", lambda *args, **kw: walked.add(tuple(args[2])) or rollout(*args, **kw))
+    stage_1(tmp_path, "--steps", 8, *flags)
+    sigmas = models.load("classroom").sigmas()
+    assert walked == {(*sigmas[:k], 0.0 if flags else sigmas[k]) for k in (1, 2, 3, 4)}
 
 
 @pytest.mark.parametrize("k", (1, 2, 3, 4))
@@ -308,10 +305,11 @@ def test_a_rollout_has_gradient_in_its_last_step_only(k, monkeypatch):
     monkeypatch.setattr(backbone, "velocity", spied)
     backbone.roles["generator"] = ("generator",)
     models.add_adapter(backbone.student, "generator", 2, 4)
-    args, cond = acdmd.parse_args([]), backbone.encode(["a circle"])
-    x, _ = acdmd.rollout(backbone, cond, backbone.sigmas(), k, args, range(1), (0,), grad=True)
+    cond, levels = backbone.encode(["a circle"]), backbone.sigmas()[: k + 1]
+    noise = models.Noise(0, range(1), backbone.latent_shape, "cpu")
+    x = acdmd.rollout(backbone, cond, levels, 0.9, noise, grad=True)
     assert seen == [False] * (k - 1) + [True] and x.requires_grad
-    x, _ = acdmd.rollout(backbone, cond, backbone.sigmas(), k, args, range(1), (0,))
+    x = acdmd.rollout(backbone, cond, levels, 0.9, noise)
     assert seen[k:] == [False] * k and not x.requires_grad
 
 
@@ -408,8 +406,8 @@ BAD = {  # command -> what the one line on standard error must say
     "acdmd.py --model sd4": "invalid choice: 'sd4'",
     "acdmd.py --lr_fak 1": "unrecognized arguments: --lr_fak",
     "acdmd.py --model sd35": "--model sd35 needs --prompts FILE",
-    "acdmd.py --eta 1.5": "--eta 1.5: allowed is 0 (ODE) to 1",
-    "acdmd.py --batch_size 0": "--batch_size 0: must be at least 1",
+    "acdmd.py --eta 1.5": "argument --eta: 1.5: must be a finite number, 0 to 1",
+    "acdmd.py --batch_size 0": "argument --batch_size: 0: must be at least 1",
     "acdmd.py --prompts {tmp}/none.txt": "none.txt does not exist",
     "acdmd.py --prompts {tmp}/empty.txt": "empty.txt holds no prompts",
     "acdmd.py --prompts {tmp}/list.csv": "unknown ending '.csv'; allowed: .txt, .jsonl, .json",
@@ -424,20 +422,20 @@ BAD = {  # command -> what the one line on standard error must say
     "rtdmd.py --distilled {acdmd} --group_size 7": "do not split into groups of 7: try --group_size 6",
     "rtdmd.py --distilled {acdmd} --prompts {tmp}/plain.txt": 'has no "tag" and "include", which geneval needs',
     "rtdmd.py --distilled {acdmd} --rewards geneval=1": "--bp_weight needs a differentiable reward such as clipscore",
-    "rtdmd.py --distilled {acdmd} --lr_decay 2": "--lr_decay 2.0: a share of the run",
+    "rtdmd.py --distilled {acdmd} --lr_decay 2": "argument --lr_decay: 2: must be a finite number, 0 to 1",
     "sample.py --eval clipscore=0": "add up to 0.0: it must be above 0",
-    "sample.py --batch_size 0": "--batch_size 0: must be at least 1",
+    "sample.py --batch_size 0": "argument --batch_size: 0: must be at least 1",
     "rtdmd.py --distilled {acdmd} --eta 0": "the policy gradient needs noise",
     "rtdmd.py --distilled {acdmd} --rewards clipscore --reward_dir {tmp}": "cannot open",
     "rtdmd.py --distilled {acdmd} --reward_dir {tmp}": "has the class 'triangle', which geneval's judge does not know",
     "sample.py --lora {tmp}/nowhere": "no adapter at",
     "sample.py --lora {acdmd}": "itself: give one of",
     "sample.py --prompt a --prompts b.txt": "give --prompt or --prompts, not both",
-    "sample.py --steps 0": "--steps 0: must be at least 1",
+    "sample.py --steps 0": "argument --steps: 0: must be at least 1",
     "sample.py --device cuda": "torch sees no GPU: use --device cpu",
     "sample.py --prompt cat --eval geneval=1": "which geneval needs",
     "acdmd.py --shard both": "invalid choice: 'both' (choose from",
-    "acdmd.py --skip_nonfinite -1": "--skip_nonfinite -1: must be at least 0",
+    "acdmd.py --skip_nonfinite -1": "argument --skip_nonfinite: -1: must be at least 0",
     "acdmd.py --prompts {tmp}": "is a folder",
     "acdmd.py --prompts {tmp}/latin.txt": "latin.txt cannot be read as UTF-8 text",
     "acdmd.py --prompts {tmp}/none.json": "none.json holds no prompts",
@@ -445,15 +443,15 @@ BAD = {  # command -> what the one line on standard error must say
     "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {tmp}": "it has no model_index.json",
     "acdmd.py --steps 1 --out {tmp}/plain.txt/run": "cannot write to --out",
     "rtdmd.py --distilled {acdmd} --policy_weight 0 --dm_weight 0 --bp_weight 0": "nothing would train",
-    "rtdmd.py --distilled {acdmd} --reward_batch_size 0": "--reward_batch_size 0: must be at least 1",
+    "rtdmd.py --distilled {acdmd} --reward_batch_size 0": "argument --reward_batch_size: 0: must be at least 1",
     "rtdmd.py --distilled {acdmd} --rewards clipscore=nan": "add up to nan: it must be above 0",
     "rtdmd.py --distilled {acdmd} --group_size 1 --batch_size 90 --batches 9": "an epoch needs 810 distinct prompts",
     "sample.py --lora {tmp}/plain.txt": "plain.txt is no complete file of tensors",
     "sample.py --lora {acdmd}/fake --lora {tmp}": "no adapter at",
     "sample.py --lora {acdmd}/fake --export {tmp}": "exists: give a new folder",
-    "acdmd.py --lr nan": "--lr nan: must be a finite number, at least 0",
-    "rtdmd.py --distilled {acdmd} --clip_range -1": "--clip_range -1.0: must be a finite number, at least 0",
-    "acdmd.py --ema_decay 1.5": "--ema_decay 1.5: allowed is 0 (no average) to 1",
+    "acdmd.py --lr nan": "argument --lr: nan: must be a finite number, at least 0",
+    "rtdmd.py --distilled {acdmd} --clip_range -1": "argument --clip_range: -1: must be a finite number, at least 0",
+    "acdmd.py --ema_decay 1.5": "argument --ema_decay: 1.5: must be a finite number, 0 to 1",
     "acdmd.py --wandb": "--wandb needs a package: pip install wandb",
     "acdmd.py --model flux2-4b --prompts {tmp}/plain.txt --weights {tmp}": "--weights without --generator_weights",
     "rtdmd.py --distilled {tmp}/torn": "is no complete file of tensors",
@@ -463,11 +461,11 @@ BAD = {  # command -> what the one line on standard error must say
     "sample.py --out {tmp}": "is a file or not empty: give a new folder",
     "sample.py --out {tmp}/plain.txt": "is a file or not empty: give a new folder",
     "sample.py --out {tmp}/plain.txt/run": "cannot write to",
-    "sample.py --seed -1": "--seed -1: must be at least 0",
-    "sample.py --guidance_scale nan": "--guidance_scale nan: must be a finite number",
+    "sample.py --seed -1": "argument --seed: -1: must be at least 0",
+    "sample.py --guidance_scale nan": "argument --guidance_scale: nan: must be a finite number",
     "sample.py --eval geneval --eval_prompts geneval=a,geneval=b": "geneval=b: that scorer has a file already",
-    "acdmd.py --sample_every -1": "--sample_every -1: must be at least 0",
-    "rtdmd.py --distilled {acdmd} --reward_margin nan": "--reward_margin nan: must be a finite number",
+    "acdmd.py --sample_every -1": "argument --sample_every: -1: must be at least 0",
+    "rtdmd.py --distilled {acdmd} --reward_margin nan": "argument --reward_margin: nan: must be a finite number",
     "acdmd.py --steps 2 --rank 4 --resume {acdmd}": "--steps 2: the run is at 4 already",
     "acdmd.py --rank 5 --resume {acdmd}": "--rank 5: the adapters of this run have rank 4, and keep it",
     "rewards.py {tmp}/plain.txt/a.jsonl --n 6": "cannot write",
