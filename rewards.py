@@ -13,6 +13,7 @@ average (normalised units).
 import argparse
 import contextlib
 import html
+import itertools
 import json
 import math
 import re
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 
 import models
@@ -57,61 +59,51 @@ class Weights:
         self.reward_dir = Path(reward_dir) if reward_dir else None
         if reward_dir and not self.reward_dir.is_dir():
             raise UserError(f"--reward_dir {reward_dir} is not a folder: make it, or leave it out to ask the hub")
-        self.shared = {}
+        self.clips = {}
 
     def source(self, folder):
         """What from_pretrained takes: the local folder if it is there, else the hub id."""
         local = self.reward_dir / folder if self.reward_dir else None
         return str(local) if local and local.is_dir() else SOURCES[folder]
 
-    def missing(self, folder, name, error, files=""):
-        """A UserError that says what to put where; files: which of the repository, as `hf download` takes them."""
-        place = f"{self.reward_dir or 'REWARDS'}/{folder}/"
-        command = f" (hf download {SOURCES[folder]} {files}--local-dir {place})"
-        command = "" if "://" in SOURCES[folder] else command
-        return UserError(
-            f"cannot open {name} of {SOURCES[folder]}: {models.first_line(error)} Put it into {place}{command} "
-            f"and give --reward_dir {self.reward_dir or 'REWARDS'}"
-        )
-
-    def open(self, cls, folder, **options):
-        """cls.from_pretrained for configs and tokenizers."""
+    @contextlib.contextmanager
+    def opening(self, folder, what, files=""):
+        """A failure becomes one line that says what to put where; files: which, as `hf download` takes them."""
         try:
-            return cls.from_pretrained(self.source(folder), **options)
-        except (OSError, ValueError) as error:
-            raise self.missing(folder, f"the files of {cls.__name__}", error, SMALL) from None
+            yield
+        except models.BROKEN as error:  # not there, no network, or torn
+            place = f"{self.reward_dir or 'REWARDS'}/{folder}/"
+            command = f" (hf download {SOURCES[folder]} {files}--local-dir {place})"
+            raise UserError(
+                f"cannot open {what} of {SOURCES[folder]}: {models.first_line(error)} Put it into {place}"
+                f"{'' if '://' in SOURCES[folder] else command} and give --reward_dir {self.reward_dir or 'REWARDS'}"
+            ) from None
+
+    def open(self, cls, folder, size=None):
+        """cls.from_pretrained for configs and tokenizers. size: tokens the model knows, if it can be compared."""
+        with self.opening(folder, f"the files of {cls.__name__}", SMALL):
+            opened = cls.from_pretrained(self.source(folder))
+            if size and len(opened) != size:  # transformers makes an empty tokenizer where the vocabulary is missing
+                raise ValueError(
+                    f"{len(opened)} tokens where the model knows {size}; its vocabulary's file is not there."
+                )
+        return opened
 
     def file(self, folder, name):
         """Path of one published file."""
-        source = self.source(folder)
-        if "://" in source or Path(source).is_dir():
-            path = Path(source) / name
-            if not path.is_file():
-                error = f"there is no {path}." if "://" not in source else "not on the hub."
-                raise self.missing(folder, name, error, f"{name} ")
-            return path
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return Path(hf_hub_download(source, name))
-        except (OSError, ValueError) as error:  # no network, no such file
-            raise self.missing(folder, name, error, f"{name} ") from None
+        with self.opening(folder, name, f"{name} "):
+            return transformers.utils.cached_file(self.source(folder), name)
 
     def state(self, folder, name):
         """State dict of one published file; a pickle is read without running any of it."""
-        state = models.load_tensors(self.file(folder, name))
-        if not isinstance(state, dict):
-            raise UserError(f"{name} of {SOURCES[folder]} holds a {type(state).__name__} and no state dict")
-        return state
+        return models.load_tensors(self.file(folder, name))
 
     def model(self, cls, folder, config=None, state=None, dtype=torch.float32, **options):
         """A frozen transformers model, from its folder or from (config, state). A key that does not fit is an error."""
         source = self.source(folder)
         options |= dict(config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-        try:
+        with self.opening(folder, f"the weights of {cls.__name__}"):
             model, info = cls.from_pretrained(None if state else source, state_dict=state, **options)
-        except models.BROKEN as error:  # not there, or torn
-            raise self.missing(folder, f"the weights of {cls.__name__}", error) from None
         wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
         wrong += [f"{key} is left over" for key in sorted(info["unexpected_keys"])]
         wrong += [f"{key} is {tuple(a)}, not {tuple(b)}" for key, a, b in sorted(info["mismatched_keys"])]
@@ -122,38 +114,32 @@ class Weights:
 
     def clip(self, folder="clip"):
         """A CLIPModel folder as a `Clip`, loaded once."""
-        if folder not in self.shared:
-            from transformers import CLIPModel, CLIPTokenizer
-
-            model = self.model(CLIPModel, folder)
-            size = model.config.text_config.vocab_size
-            self.shared[folder] = Clip(model, self.tokenizer(CLIPTokenizer, folder, size))
-        return self.shared[folder]
-
-    def tokenizer(self, cls, folder, size):
-        """A tokenizer of `size` tokens; without its vocabulary's file transformers would make an empty one."""
-        tokenizer = self.open(cls, folder)
-        if len(tokenizer) != size:
-            error = f"{len(tokenizer)} tokens where the model knows {size}; its vocabulary's file is not there."
-            raise self.missing(folder, f"the files of {cls.__name__}", error, SMALL)
-        return tokenizer
+        if folder not in self.clips:
+            model = self.model(transformers.CLIPModel, folder)
+            tokens = self.open(transformers.CLIPTokenizer, folder, model.config.text_config.vocab_size)
+            self.clips[folder] = Clip(model, tokens)
+        return self.clips[folder]
 
 
-def linear_stack(state, prefix, indices, source, between=None):
-    """The linear layers `prefix{i}.weight/.bias` in a row, `between` after each but the last; takes all of `state`."""
-    want = {f"{prefix}{i}.{part}" for i in indices for part in ("weight", "bias")}
-    if set(state) != want:
-        raise UserError(f"{source}: keys missing {sorted(want - set(state))}, left over {sorted(set(state) - want)}")
-    layers, width = [], state[f"{prefix}{indices[0]}.weight"].shape[-1]
-    for i in indices:
-        weight, bias = state[f"{prefix}{i}.weight"].float(), state[f"{prefix}{i}.bias"].float()
-        if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
-            raise UserError(f"{source}: {prefix}{i}.weight is {tuple(weight.shape)}, and {width} numbers go in")
-        width = weight.shape[0]
-        layer = nn.Linear(*weight.shape[::-1], device="meta")
-        layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
-        layers += [layer] if between is None or not layers else [between(), layer]
-    return nn.Sequential(*layers).eval().requires_grad_(False)
+def part(state, prefix):
+    """The entries of a state dict under a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def load_head(layers, state, source):
+    """The layers, made on the meta device, with a published head's weights; a key that does not fit is an error."""
+    head = nn.Sequential(*layers)
+    try:
+        head.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+    return head.eval().requires_grad_(False)
+
+
+def linear_layers(width):
+    """The head of LAION's predictor and of ImageReward: no activations, and dropout in training only."""
+    a, b, c, d, e = (nn.Linear(*pair, device="meta") for pair in itertools.pairwise((width, 1024, 128, 64, 16, 1)))
+    return a, nn.Dropout(), b, nn.Dropout(), c, nn.Dropout(), d, e
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -192,13 +178,9 @@ def resize_and_pad(images, size):
     return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
-def patchify(images, patch):
-    """Qwen-VL's input rows [B gh gw, 3 * 2 * patch * patch] and grid [B, 3]: 2x2 patches together, one frame twice."""
-    b, _, h, w = images.shape
-    gh, gw = h // patch, w // patch
-    x = images.view(b, 3, gh // 2, 2, patch, gw // 2, 2, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)  # [B, gh/2, gw/2, 2, 2, 3, 2, patch, patch]
-    return x.reshape(b * gh * gw, -1), torch.tensor([[1, gh, gw]] * b, device=images.device)
+def eight_bits(images):
+    """Pictures as files hold them: uint8 array [B, H, W, 3] of images [B, 3, H, W] in [0, 1]."""
+    return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -279,7 +261,8 @@ class Aesthetic(nn.Module):
         super().__init__()
         self.clip = weights.clip()
         name = "sac+logos+ava1-l14-linearMSE.pth"
-        self.head = linear_stack(weights.state("aesthetic", name), "layers.", (0, 2, 4, 6, 7), name)
+        state = {key.removeprefix("layers."): value for key, value in weights.state("aesthetic", name).items()}
+        self.head = load_head(linear_layers(self.clip.model.config.projection_dim), state, name)
 
     def forward(self, images, prompts, metadata=None):
         return {"aesthetic": self.head(self.clip.image(normalize(resize_and_crop(images, self.clip.size)))).squeeze(-1)}
@@ -304,13 +287,12 @@ class HPSv2(nn.Module):
 
     def __init__(self, weights, device):
         super().__init__()
-        from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
         name = "HPS_v2.1_compressed.pt"
         state = weights.state("hpsv2", name)
         state = open_clip_to_transformers(state.get("state_dict", state))
-        model = weights.model(CLIPModel, "hpsv2", CLIPConfig(**self.CONFIG), state)
-        self.clip = Clip(model, weights.tokenizer(CLIPTokenizer, "clip", model.config.text_config.vocab_size))
+        config = transformers.CLIPConfig(**self.CONFIG)
+        tokenizer = weights.open(transformers.CLIPTokenizer, "clip", config.text_config.vocab_size)
+        self.clip = Clip(weights.model(transformers.CLIPModel, "hpsv2", config, state), tokenizer)
 
     def forward(self, images, prompts, metadata=None):
         pixels = normalize(resize_and_pad(images, self.clip.size))
@@ -390,26 +372,23 @@ class ImageReward(nn.Module):
 
     def __init__(self, weights, device):
         super().__init__()
-        from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-
         name = "ImageReward.pt"
-        parts = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}, "blip.vision_proj.": {}}
-        parts |= {"blip.text_proj.": {}, "": {}}  # the projections are of BLIP's own training, not used
-        for key, value in weights.state("imagereward", name).items():
-            prefix = next(p for p in parts if key.startswith(p))
-            parts[prefix][key.removeprefix(prefix)] = value
-        vision, text, head, left = (parts[p] for p in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.", ""))
-        if left:
-            raise UserError(f"{name}: left over {sorted(left)[:5]}")
-        text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
+        state = weights.state("imagereward", name)
+        used = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
+        odd = [key for key in state if not key.startswith((*used, "blip.vision_proj.", "blip.text_proj."))]
+        if odd:  # the two projections are of BLIP's own training
+            raise UserError(f"{name}: left over {odd[:5]}")
+        vision, text, head = (part(state, prefix) for prefix in used)
         vision = {renamed(key, self.KEYS): value for key, value in vision.items()}
-        self.vision = weights.model(BlipVisionModel, "imagereward", BlipVisionConfig(**self.VISION), vision)
+        text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
+        config = transformers.BlipVisionConfig(**self.VISION)
+        self.vision = weights.model(transformers.BlipVisionModel, "imagereward", config, vision)
         # is_decoder makes the cross-attention; called without it, the text attends both ways
-        config = BlipTextConfig(**self.TEXT, is_decoder=True)
-        self.text = weights.model(BlipTextModel, "imagereward", config, text, add_pooling_layer=False)
-        self.head = linear_stack(head, "layers.", (0, 2, 4, 6, 7), name)
+        config = transformers.BlipTextConfig(**self.TEXT, is_decoder=True)
+        self.text = weights.model(transformers.BlipTextModel, "imagereward", config, text, add_pooling_layer=False)
+        self.head = load_head(linear_layers(config.hidden_size), head, name)
         # BLIP's table has two rows more than BERT's, [DEC] and [ENC]; neither is asked for here
-        self.tokenizer = weights.tokenizer(BertTokenizer, "bert", self.TEXT["vocab_size"] - 2)
+        self.tokenizer = weights.open(transformers.BertTokenizer, "bert", config.vocab_size - 2)
 
     def forward(self, images, prompts, metadata=None):
         pixels = normalize(resize_and_crop(images, self.VISION["image_size"]))
@@ -463,15 +442,19 @@ class HPSv3(nn.Module):
 
     def __init__(self, weights, device):
         super().__init__()
-        from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
-
         name = "HPSv3.safetensors"
         state = weights.state("hpsv3", name)
         state.pop("lm_head.weight", None)
-        head = {key: state.pop(key) for key in list(state) if key.startswith("rm_head.")}
-        self.head = linear_stack(head, "rm_head.", (0, 3, 5), name, between=nn.ReLU)
-        config = weights.open(Qwen2VLConfig, "qwen2vl")
-        self.tokenizer = weights.open(AutoTokenizer, "qwen2vl")
+        head = {key.removeprefix("rm_head."): state.pop(key) for key in list(state) if key.startswith("rm_head.")}
+        config = weights.open(transformers.Qwen2VLConfig, "qwen2vl")
+        with torch.device("meta"):
+            first, second, third = (
+                nn.Linear(config.text_config.hidden_size, 1024),
+                nn.Linear(1024, 16),
+                nn.Linear(16, 2),
+            )
+        self.head = load_head((first, nn.ReLU(), nn.Dropout(), second, nn.ReLU(), third), head, name)
+        self.tokenizer = weights.open(transformers.AutoTokenizer, "qwen2vl")
         self.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
         rows = config.text_config.vocab_size = len(state.get("model.embed_tokens.weight", ()))
         token = self.tokenizer.convert_tokens_to_ids("<|Reward|>")
@@ -479,35 +462,21 @@ class HPSv3(nn.Module):
             raise UserError(f"<|Reward|> is token {token} of qwen2vl/'s tokenizer, and {name} has {rows} tokens")
         state = {re.sub(r"^model\.", "language_model.", key): value for key, value in state.items()}
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = weights.model(Qwen2VLModel, "hpsv3", config, state, dtype)
+        self.model = weights.model(transformers.Qwen2VLModel, "hpsv3", config, state, dtype)
+        pixels = dict(patch_size=config.vision_config.patch_size, min_pixels=448**2, max_pixels=448**2)
+        self.processor = transformers.Qwen2VLImageProcessorPil(**pixels)  # CLIP's mean and std
 
     def forward(self, images, prompts, metadata=None):
-        size = smart_resize(*images.shape[-2:], factor=28, least=448**2, most=448**2)
-        pixels = resize(images, *size).clamp(0, 1)
-        rows, grid = patchify(normalize(pixels), self.model.config.vision_config.patch_size)
+        inputs = self.processor(list(eight_bits(images)), return_tensors="pt").to(images.device)
+        grid = inputs.image_grid_thw  # [B, 3]: 1 frame, rows and columns of patches, of which 4 are a token
         start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
         start += "<|image_pad|>" * int(grid[0].prod() // 4) + "<|vision_end|>"
         texts = [start + HPSV3_INSTRUCTION.format(text_prompt=prompt) + HPSV3_QUESTION for prompt in prompts]
         tokens, last = pad_right(self.tokenizer(texts).input_ids, images.device)
         # NOTE: the model was trained and is published with plain positions 0, 1, 2, ..., for the image's tokens too
         position = torch.arange(tokens.shape[1], device=images.device).expand(3, *tokens.shape)
-        states = self.model(tokens, position_ids=position, pixel_values=rows, image_grid_thw=grid).last_hidden_state
+        states = self.model(tokens, position_ids=position, **inputs).last_hidden_state
         return {"hpsv3": self.head(states[torch.arange(len(last)), last].float())[:, 0]}
-
-
-def smart_resize(height, width, factor, least, most):
-    """(height, width) of Qwen-VL's pictures: multiples of `factor`, between `least` and `most` pixels in all.
-
-    After smart_resize of transformers' qwen2_vl image processor (Apache-2.0).
-    """
-    h, w = (max(1, round(side / factor)) * factor for side in (height, width))
-    if h * w > most:
-        shrink = math.sqrt(height * width / most)
-        return tuple(max(1, math.floor(side / shrink / factor)) * factor for side in (height, width))
-    if h * w < least:
-        grow = math.sqrt(least / (height * width))
-        return tuple(math.ceil(side * grow / factor) * factor for side in (height, width))
-    return h, w
 
 
 def pad_right(rows, device):
@@ -530,11 +499,11 @@ class GenEval2(nn.Module):
 
     def __init__(self, weights, device):
         super().__init__()
-        from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
-
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = weights.model(Qwen3VLForConditionalGeneration, "qwen3vl", dtype=dtype)
-        self.tokenizer = weights.open(AutoTokenizer, "qwen3vl")
+        self.model = weights.model(transformers.Qwen3VLForConditionalGeneration, "qwen3vl", dtype=dtype)
+        self.tokenizer = weights.open(transformers.AutoTokenizer, "qwen3vl")
+        pixels = dict(patch_size=self.model.config.vision_config.patch_size, min_pixels=256**2, max_pixels=4096**2)
+        self.processor = transformers.Qwen2VLImageProcessorPil(**pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
     def forward(self, images, prompts, metadata):
         chances = [self.answer_chances(image[None], m["vqa_list"]) for image, m in zip(images, metadata, strict=True)]
@@ -546,22 +515,15 @@ class GenEval2(nn.Module):
 
         One at a time: keys and values of a picture with its questions are about a gigabyte.
         """
-        from transformers import DynamicCache
-
-        device, vision = image.device, self.model.config.vision_config
-        factor = vision.patch_size * vision.spatial_merge_size
-        size = smart_resize(*image.shape[-2:], factor, least=256**2, most=4096**2)
-        pixels = resize(image, *size).clamp(0, 1)
-        rows, grid = patchify(normalize(pixels, (0.5,) * 3, (0.5,) * 3), vision.patch_size)
-        pads = "<|image_pad|>" * int(grid[0].prod() // vision.spatial_merge_size**2)
+        device = image.device
+        inputs = self.processor(list(eight_bits(image)), return_tensors="pt").to(device)
+        pads = "<|image_pad|>" * int(inputs.image_grid_thw.prod() // 4)
         start = self.tokenizer(f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>").input_ids
         start = torch.tensor([start], device=device)
-        cache = DynamicCache(config=self.model.config)
         kind = (start == self.model.config.image_token_id).int()  # 1 at image tokens, for the positions
-        self.model.model(
-            start, pixel_values=rows, image_grid_thw=grid, mm_token_type_ids=kind, past_key_values=cache, use_cache=True
-        )
-        position, _ = self.model.model.get_rope_index(start, kind, grid)
+        cache = transformers.DynamicCache(config=self.model.config)
+        self.model.model(start, **inputs, mm_token_type_ids=kind, past_key_values=cache, use_cache=True)
+        position, _ = self.model.model.get_rope_index(start, kind, inputs.image_grid_thw)
 
         end = " Answer in one word.<|im_end|>\n<|im_start|>assistant\n"
         tokens, last = pad_right(self.tokenizer([q + end for q, _ in questions]).input_ids, device)
@@ -601,17 +563,12 @@ class OCR(nn.Module):
 
     def __init__(self, weights, device):
         super().__init__()
-        from transformers import PPOCRV5MobileDetForObjectDetection, PPOCRV5MobileRecForTextRecognition
-
-        self.detector = weights.model(PPOCRV5MobileDetForObjectDetection, "ocr_det")
-        self.reader = weights.model(PPOCRV5MobileRecForTextRecognition, "ocr_rec")
+        self.detector = weights.model(transformers.PPOCRV5MobileDetForObjectDetection, "ocr_det")
+        self.reader = weights.model(transformers.PPOCRV5MobileRecForTextRecognition, "ocr_rec")
         name = "preprocessor_config.json"
-        file = weights.file("ocr_rec", name)
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise weights.missing("ocr_rec", name, error) from None
-        self.characters, n = config.get("character_list", []), self.reader.config.head_out_channels
+        file, n = weights.file("ocr_rec", name), self.reader.config.head_out_channels
+        with weights.opening("ocr_rec", name):
+            self.characters = json.loads(Path(file).read_text(encoding="utf-8")).get("character_list", [])
         if len(self.characters) != n:
             raise UserError(f"{name} of ocr_rec lists {len(self.characters)} characters, the model tells {n} apart")
 
@@ -627,7 +584,7 @@ class OCR(nn.Module):
         # PaddleOCR applies ImageNet's RGB statistics to BGR channels, and so do these weights
         pixels = normalize(resize(image[None], *sides, "bilinear").flip(1), *IMAGENET)
         chances = self.detector(pixels).last_hidden_state[0, 0].float().cpu().numpy()
-        picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+        picture = Image.fromarray(eight_bits(image[None])[0])
         lines = [self.read_line(cut_out(picture, box), image.device) for box in text_boxes(chances, h, w)]
         return [(text, confidence) for text, confidence in lines if text and confidence >= 0.5]
 
@@ -762,8 +719,7 @@ class GenEval(nn.Module):
         if is_classroom(weights.reward_dir):
             from classroom.shapes import detect
 
-            pixels = lambda images: (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # noqa: E731
-            self.detect = lambda images, metadata: detect(pixels(images))
+            self.detect = lambda images, metadata: detect(eight_bits(images))
         else:
             self.detect = ObjectDetector(weights)
 
@@ -792,16 +748,15 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 
 def segmenter_class():
     """Mask2FormerForUniversalSegmentation without its training loss, which would need scipy."""
-    from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
 
-    class Segmenter(Mask2FormerPreTrainedModel):
+    class Segmenter(transformers.Mask2FormerPreTrainedModel):
         # what only the loss has, and what the published file's older Swin held, or did not, beside its weights
         _keys_to_ignore_on_load_unexpected = ["criterion.empty_weight", "relative_position_index"]
         _keys_to_ignore_on_load_missing = [r"encoder\.swin\.layernorm\."]
 
         def __init__(self, config):
             super().__init__(config)
-            self.model = Mask2FormerModel(config)
+            self.model = transformers.Mask2FormerModel(config)
             self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
             self.post_init()
 

@@ -115,14 +115,13 @@ class RandomWeights(rewards.Weights):
         super().__init__(reward_dir)
         self.folder = tempfile.TemporaryDirectory()
 
-    def open(self, cls, folder, **_):
+    def open(self, cls, folder, size=None):
+        if size:
+            return Words(size)
         config = CONFIGS[folder]()
         if cls is not transformers.AutoTokenizer:
             return config
         return Words(config.text_config.vocab_size, {"<|image_pad|>": config.image_token_id})
-
-    def tokenizer(self, cls, folder, size):
-        return Words(size)
 
     def file(self, folder, name):
         file = Path(self.folder.name) / name

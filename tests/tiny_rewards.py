@@ -37,6 +37,8 @@ VISION |= dict(image_size=32, layer_norm_eps=1e-6)
 TEXT = dict(vocab_size=64, hidden_size=48, encoder_hidden_size=32, intermediate_size=64, num_hidden_layers=2)
 TEXT |= dict(num_attention_heads=2, max_position_embeddings=40, layer_norm_eps=1e-12)
 
+WIDTHS = 1024, 128, 64, 16, 1  # of the published heads
+
 
 def shrink(setattr=setattr):
     """Make the architectures that are constants in rewards.py as small as the files written here."""
@@ -65,7 +67,7 @@ def write_all(folder):
         AutoTokenizer.from_pretrained(folder / "clip").save_pretrained(folder / "pickscore")
         for name, state in (
             ("hpsv2/HPS_v2.1_compressed.pt", {"state_dict": open_clip_state()}),
-            ("aesthetic/sac+logos+ava1-l14-linearMSE.pth", head_state("layers.", (64, 16, 12, 8, 4, 1))),
+            ("aesthetic/sac+logos+ava1-l14-linearMSE.pth", head_state("layers.", (64, *WIDTHS))),
             ("imagereward/ImageReward.pt", imagereward_state()),
         ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +148,7 @@ def imagereward_state():
         state |= linear(layer + "intermediate.dense", TEXT["intermediate_size"], e)
         state |= linear(layer + "output.dense", e, TEXT["intermediate_size"]) | norm(layer + "output.LayerNorm", e)
     state |= linear("blip.vision_proj", 16, d) | linear("blip.text_proj", 16, e)
-    return state | head_state("mlp.layers.", (e, 16, 12, 8, 4, 1))
+    return state | head_state("mlp.layers.", (e, *WIDTHS))
 
 
 def linear(name, rows, columns):
@@ -189,7 +191,7 @@ def write_qwen(folder):
         key = key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
         state[key] = value.clone().contiguous()
     (folder / "hpsv3").mkdir()
-    state |= head_state("rm_head.", (32, 16, 8, 2), (0, 3, 5))
+    state |= head_state("rm_head.", (32, 1024, 16, 2), (0, 3, 5))
     save_file(state, folder / "hpsv3" / "HPSv3.safetensors")
 
     vision = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, patch_size=16)
