@@ -12,10 +12,15 @@ average (normalised units).
 
 import argparse
 import contextlib
+import csv
+import functools
 import html
+import importlib.util
+import io
 import itertools
 import json
 import math
+import os
 import re
 import traceback
 from pathlib import Path
@@ -553,7 +558,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 class OCR(nn.Module):
-    """1 - edit distance / length between the prompt's quoted text and what PP-OCRv5 mobile reads in the picture.
+    """1 - edit distance / length between the prompt's quoted texts and what PP-OCRv5 mobile reads in the picture.
 
     Weights: ocr_det/ and ocr_rec/. The authors used PP-OCRv3 and v4: numbers do not compare to the digit.
     """
@@ -573,8 +578,9 @@ class OCR(nn.Module):
             raise UserError(f"{name} of ocr_rec lists {len(self.characters)} characters, the model tells {n} apart")
 
     def forward(self, images, prompts, metadata=None):
-        scores = [ocr_accuracy(self.read(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
-        return {"ocr": torch.tensor(scores)}
+        # NOTE(paper): all quoted texts of a prompt count; the release looks at the first (its test set has no second)
+        pairs = zip(images, prompts, strict=True)
+        return {"ocr": torch.tensor([ocr_accuracy(self.read(image), prompt, texts=None) for image, prompt in pairs])}
 
     def read(self, image):
         """[(text, confidence)] of the lines in one image [3, H, W], top to bottom, those of confidence .5 and more."""
@@ -675,20 +681,22 @@ def cut_out(picture, corners):
     return crop.rotate(90, expand=True) if size[1] >= 1.5 * size[0] else crop
 
 
-def quoted_text(prompt):
-    """The text between the prompt's first two straight double quotes."""
-    parts = prompt.split('"')
-    if len(parts) < 3 or not parts[1].replace(" ", ""):
+def quoted_texts(prompt):
+    """The texts in straight double quotes; the mark behind a digit opens none: it is inches."""
+    texts = [text for text in re.findall(r'(?<!\d)"([^"]*)"', prompt) if text.strip()]
+    if not texts:
         raise UserError(f'ocr needs a text in straight double quotes, as in: a sign that says "OPEN"; got {prompt!r}')
-    return parts[1]
+    return texts
 
 
-def ocr_accuracy(lines, prompt):
-    """1 - min(edit distance, n) / n in [0, 1]; n: length of the quoted text, case and spaces aside.
+def ocr_accuracy(lines, prompt, texts=1):
+    """1 - min(edit distance, n) / n in [0, 1]; n: length of the target, case and spaces aside.
 
-    lines: [(text, confidence), ...] in reading order, joined; 1 also where the target is a part of them.
+    lines: [(text, confidence), ...] in reading order, joined; 1 also where the target is a part of them. The target:
+    the first `texts` quoted texts of the prompt, in order.
+    NOTE(paper): the release takes what stands between the first two quotes, inches (12" pizza) among them.
     """
-    target = quoted_text(prompt).replace(" ", "").lower()
+    target = "".join(quoted_texts(prompt)[:texts]).replace(" ", "").lower()
     found = "".join(text for text, confidence in lines if confidence > 0).replace(" ", "").lower()
     if target in found:
         return 1.0
@@ -924,8 +932,53 @@ SCORERS = {column: scorer for scorer in CLASSES for column in scorer.columns}
 SCALE = {"pickscore": 1 / 26}  # in sums of rewards, so that a weight of 1 means about the same for every reward
 
 
+def find_scorer(reward):
+    """The name in SCORERS of a reward; `file.py:function` is loaded, and enters there under the function's name."""
+    if reward in SCORERS:
+        return reward
+    file, _, name = reward.rpartition(":")
+    if not file.endswith(".py"):
+        raise UserError(f"unknown reward {reward!r}; allowed: {', '.join(SCORERS)}, or file.py:function of your own")
+    if SCORERS.get(name) in CLASSES:
+        raise UserError(f"reward {reward}: {name} is one of the nine, give the function another name")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        SCORERS[name] = own_scorer(name, getattr(module, name))
+    except Exception as error:  # whatever the file's code raises
+        raise UserError(f"reward {reward}: {type(error).__name__}: {models.first_line(error)}") from error
+    return name
+
+
+def own_scorer(name, function):
+    """A scorer of function(images [B, 3, H, W] in [0, 1], prompts, metadata) -> [B].
+
+    Differentiable if it has `function.differentiable = True`; the metadata are empty where its gradient is taken.
+    """
+
+    class OwnScorer(nn.Module):
+        columns = (name,)
+        differentiable = getattr(function, "differentiable", False)
+
+        def __init__(self, weights, device):
+            super().__init__()
+
+        def forward(self, images, prompts, metadata=None):
+            row = torch.as_tensor(function(images, prompts, metadata or [{}] * len(prompts)), device=images.device)
+            if row.shape != (len(prompts),):
+                raise UserError(
+                    f"it returned {list(row.shape)} for {len(prompts)} images, where [{len(prompts)}] is due"
+                )
+            if images.requires_grad and not row.requires_grad:
+                raise UserError("it calls itself differentiable, and its scores have no gradient to the images")
+            return {name: row.float()}
+
+    return OwnScorer
+
+
 @contextlib.contextmanager
-def blamed(scorer):
+def naming(scorer):
     """Whatever goes wrong becomes one line with the scorer's name."""
     name = scorer.columns[0]
     try:
@@ -937,7 +990,7 @@ def blamed(scorer):
         ) from None
     except UserError as error:
         raise UserError(f"reward {name}: {error}") from None
-    except Exception as error:  # whatever a model's code raises: the run stops, and says whose fault it was
+    except Exception as error:  # whatever a model's code raises: the run stops, and says where
         at = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__}: {models.first_line(error)}"
         raise UserError(f"reward {name} failed: {what} ({at.filename}:{at.lineno})") from error
@@ -957,7 +1010,7 @@ class Scorers:
         files = Weights(reward_dir)
         self.scorers = []
         for scorer in dict.fromkeys(SCORERS[name] for name in weights):
-            with blamed(scorer):
+            with naming(scorer):
                 self.scorers.append(scorer(files, device).to("cpu" if offload else device))
 
     @torch.no_grad()
@@ -969,28 +1022,27 @@ class Scorers:
         columns = list(self.weights) if columns is None else columns
         metadata = [{}] * len(prompts) if metadata is None else metadata
         check_prompts(list(zip(prompts, metadata, strict=True)), columns, self.reward_dir)
-        rows = {name: [] for name in columns}
+        rows = {name: torch.empty(len(prompts)) for name in columns}
         size = self.batch_size or max(1, len(prompts))
         for scorer in self.scorers:
-            if not set(columns) & set(scorer.columns):
-                continue
-            for b in range(0, len(prompts), size):
-                part = (images[b : b + size].to(self.device, torch.float32) * 255).round().clamp(0, 255) / 255
-                scores = self.call(scorer, part, prompts[b : b + size], metadata[b : b + size])
-                for name in set(columns) & set(scorer.columns):
-                    rows[name].append(scores[name].float().cpu())
+            wanted = set(columns) & set(scorer.columns)
+            for b in range(0, len(prompts) if wanted else 0, size):
+                part = slice(b, b + size)
+                pixels = (images[part].to(self.device, torch.float32) * 255).round().clamp(0, 255) / 255
+                scores = self.call(scorer, pixels, prompts[part], metadata[part])
+                for name in wanted:
+                    rows[name][part] = scores[name].float().cpu()
             if self.offload:
                 scorer.to("cpu")
-        return {name: torch.cat(parts) for name, parts in rows.items()}
+        return rows
 
     def differentiable(self, images, prompts):
         """Weighted sum of the differentiable columns, [B], with gradient to the images; 0 if there is none."""
         total = images.new_zeros(len(images))
         for scorer in self.scorers:
             if scorer.differentiable:
-                rows = self.call(scorer, images, prompts)
-                names = [name for name in rows if name in self.weights]
-                total = total + sum(self.weights[name] * SCALE.get(name, 1) * rows[name] for name in names)
+                for name, row in self.call(scorer, images, prompts).items():
+                    total = total + self.weights[name] * SCALE.get(name, 1) * row
         return total
 
     def call(self, scorer, images, prompts, metadata=None):
@@ -998,7 +1050,7 @@ class Scorers:
         tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # cosines of .2 need 1e-3
         try:
-            with blamed(scorer), torch.autocast(self.device.type, enabled=False):
+            with naming(scorer), torch.autocast(self.device.type, enabled=False):
                 rows = scorer.to(self.device)(images, prompts, metadata)
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
@@ -1011,23 +1063,17 @@ class Scorers:
 
 
 def load_scorers(weights, device="cpu", reward_dir=None, batch_size=None, offload=False):
-    """Scorers for {column: weight}; reward_dir holds weights that are not taken from the hub."""
-    check_names(weights)
+    """Scorers for {reward: weight}; reward_dir holds weights that are not taken from the hub."""
+    weights = {find_scorer(reward): weight for reward, weight in weights.items()}
     return Scorers(weights, device, reward_dir, batch_size, offload)
 
 
-def check_names(names):
-    for name in names:
-        if name not in SCORERS:
-            raise UserError(f"unknown reward {name!r}; allowed: {', '.join(SCORERS)}")
-
-
 def parse_weights(text):
-    """ "clipscore=1,geneval=0.5" -> {"clipscore": 1.0, "geneval": 0.5}; a name alone has weight 1."""
+    """ "clipscore=1,own.py:sharpness=0.5" -> {"clipscore": 1.0, "sharpness": 0.5}; a name alone has weight 1."""
     weights = {}
     for item in text.split(","):
-        name, _, weight = item.strip().partition("=")
-        check_names([name])
+        reward, _, weight = item.strip().partition("=")
+        name = find_scorer(reward)
         if name in weights:
             raise UserError(f"reward {name} stands twice in {text!r}: give it once")
         try:
@@ -1042,42 +1088,69 @@ def parse_weights(text):
 # ---------------------------------------------------------------------------------------------------------------
 # prompts
 
+PROMPT_KEYS = ("prompt", "prompts", "text", "caption")  # in any case; the first that is there
+
 
 def read_prompts(path):
-    """[(prompt, metadata)] from .txt (a prompt a line), .jsonl or .json ("prompt" or "text"; the rest is metadata)."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"prompt file {path} " + ("is a folder" if path.is_dir() else "does not exist"))
+    """[(prompt, metadata)] of a file: metadata are the other keys or columns. Blank prompts are left out, and counted.
+
+    .txt: a prompt a line. .csv, .tsv: a sheet, its columns named in the first line. .json, .jsonl: a list, or a line
+    each, of texts or objects.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors begin with
+        text = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")  # without the mark that some editors begin with
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt file {path} cannot be read as UTF-8 text: {error}") from None
-    if path.suffix == ".txt":
-        rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
-    elif path.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines would split inside strings
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON: {error}") from None
-    elif path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not JSON: {error}") from None
-    else:
-        raise UserError(f"prompt file {path}: unknown ending {path.suffix!r}; allowed: .txt, .jsonl, .json")
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} holds no prompts")
+    try:
+        rows = ROWS[Path(path).suffix.lower()](text)
+    except KeyError as ending:
+        raise UserError(f"prompt file {path}: unknown ending {ending}; allowed: {', '.join(ROWS)}") from None
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{path} is torn, or of another format than its name says: {error}") from None
     pairs = []
     for number, row in enumerate(rows, 1):
-        row = {"prompt": row} if isinstance(row, str) else row
-        prompt = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
-        if not isinstance(prompt, str):
-            raise UserError(f'{path}, entry {number}: no "prompt" or "text" that is a string')
-        pairs.append((prompt, row))
+        row = row if isinstance(row, dict) else {"prompt": row}
+        keys = {key.strip().lower(): key for key in row}
+        key = next((keys[name] for name in PROMPT_KEYS if name in keys), None)
+        if not isinstance(row.get(key), str):
+            found = ", ".join(row)
+            raise UserError(
+                f"{path}, entry {number}: no text under {' or '.join(PROMPT_KEYS)}, in {found or 'no keys'}"
+            )
+        prompt = row.pop(key).strip()
+        pairs += [(prompt, {"prompt": prompt} | row)] if prompt else []
+    if not pairs:
+        raise UserError(f"{path} holds no prompts")
+    if len(pairs) < len(rows) and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: {len(pairs)} prompts, and {len(rows) - len(pairs)} blank ones left out")
     return pairs
+
+
+def json_rows(text):
+    """Entries of a JSON list or of JSON lines; a key that is null, as tables write what is absent, is left out."""
+    load = functools.partial(json.loads, object_hook=lambda row: {k: v for k, v in row.items() if v is not None})
+    if text.lstrip().startswith("["):
+        return load(text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would split inside strings
+        try:
+            rows += [load(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return rows
+
+
+def sheet_rows(text, delimiter):
+    """Entries {column: cell} of a sheet."""
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():  # where DictReader puts what is too much or too little
+            raise ValueError(f"entry {number} has more or fewer cells than the first line")
+    return rows
+
+
+ROWS = {".txt": lambda text: text.split("\n"), ".jsonl": json_rows, ".json": json_rows}
+ROWS |= {".csv": functools.partial(sheet_rows, delimiter=","), ".tsv": functools.partial(sheet_rows, delimiter="\t")}
 
 
 def classroom_prompts(**repeat):
@@ -1091,7 +1164,7 @@ def classroom_prompts(**repeat):
 
 def check_prompts(pairs, columns, reward_dir=None):
     """Raise a UserError if a prompt lacks what a scorer will need."""
-    need = {scorer for name, scorer in SCORERS.items() if name in columns}
+    need = {SCORERS[find_scorer(name)] for name in columns}
     classes, colors = COCO, COLORS
     if GenEval in need and is_classroom(reward_dir):
         from classroom.shapes import COLORS as colors
@@ -1107,7 +1180,7 @@ def check_prompts(pairs, columns, reward_dir=None):
                 "facebookresearch/GenEval2"
             )
         if OCR in need:
-            quoted_text(prompt)
+            quoted_texts(prompt)
 
 
 def geneval_fault(metadata, classes, colors):
@@ -1146,53 +1219,42 @@ def geneval_prompts(n, seed=0, exclude=()):
     taken, rows, tries = {content(m) for m in exclude}, [], 0
     while len(rows) < n:
         m = geneval_prompt(TASKS[len(rows) % len(TASKS)], rng)
-        tries += 1
         if content(m) not in taken:
             rows.append(m)
             tries = 0
-        elif tries == 10_000:
+        elif (tries := tries + 1) == 10_000:
             raise UserError(f"--exclude leaves no {m['tag']} prompt to draw: take a smaller file")
     return rows
 
 
-OPENINGS = ("a picture of", "an image of", "a photograph of", "a snapshot of", "a shot of", "a photograph showing")
-PLURALS = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
-PLURALS |= {"skis": "pairs of skis", "scissors": "pairs of scissors"}
-
-
 def geneval_prompt(tag, rng):
     """One random prompt of a task type as GenEval metadata."""
-    pick = lambda values, k=1: [values[i] for i in rng.choice(len(values), k, replace=False)]  # noqa: E731
-    (a, b), (c, d) = pick(COCO, 2), pick(COLORS, 2)
-    one = lambda name, color="": with_article(f"{color} {name}".strip())  # noqa: E731
-    m = {"tag": tag, "include": [{"class": a, "count": 1}]}
-    if tag == "single_object":
-        text = one(a)
-    elif tag == "two_object":
-        m["include"].append({"class": b, "count": 1})
-        text = f"{one(a)} and {one(b)}"
-    elif tag == "counting":
-        count = int(rng.integers(2, 5))
-        m = {"tag": tag, "include": [{"class": a, "count": count}], "exclude": [{"class": a, "count": count + 1}]}
-        plural = PLURALS.get(a, a + ("es" if a.endswith(("s", "ch", "sh")) else "s"))
-        text = f"{NUMBERS[count]} {plural}"
-    elif tag == "colors":
-        m["include"][0]["color"] = c
-        text = one(a, c)
-    elif tag == "position":
-        relation = pick(RELATIONS)[0]
-        m["include"].append({"class": b, "count": 1, "position": [relation, 0]})  # the reference object comes first
-        text = f"{one(b)} {relation} {one(a)}"
-    else:
-        m["include"][0]["color"] = c
-        m["include"].append({"class": b, "count": 1, "color": d})
-        text = f"{one(a, c)} and {one(b, d)}"
-    return m | {"prompt": f"{pick(OPENINGS)[0]} {text}"}
+    pick = lambda values, k: rng.choice(values, k, replace=False).tolist()  # noqa: E731
+    names = pick(COCO, 2 if tag in ("two_object", "position", "color_attr") else 1)
+    include = [{"class": name, "count": 1} for name in names]
+    if tag == "counting":
+        include[0]["count"] = int(rng.integers(2, 5))
+    if tag in ("colors", "color_attr"):
+        for need, color in zip(include, pick(COLORS, len(include)), strict=True):
+            need["color"] = color
+    objects, link = [in_words(need) for need in include], " and "
+    if tag == "position":  # the object that the other one stands to comes first
+        include[1]["position"] = [*pick(RELATIONS, 1), 0]
+        objects, link = objects[::-1], f" {include[1]['position'][0]} "
+    openings = "a picture of", "an image of", "a photograph of", "a snapshot of", "a shot of", "a photograph showing"
+    m = {"tag": tag, "include": include, "prompt": f"{pick(openings, 1)[0]} {link.join(objects)}"}
+    return m | {"exclude": [include[0] | {"count": include[0]["count"] + 1}]} if tag == "counting" else m
 
 
-def with_article(name):
-    pair = "a pair of " if name.endswith(("skis", "scissors")) else ""
-    return pair + name if pair else ("an " if name[0] in "aeiou" else "a ") + name
+def in_words(need):
+    """An entry of "include" as a prompt says it: "a red car", "two pairs of scissors"."""
+    count, name = need["count"], f"{need.get('color', '')} {need['class']}".strip()
+    if name.endswith(("skis", "scissors")):
+        name = f"pair{'s' * (count > 1)} of {name}"
+    elif count > 1:
+        plurals = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
+        name = plurals.get(name, name + ("es" if name.endswith(("s", "ch", "sh")) else "s"))
+    return f"{NUMBERS[count] if count > 1 else 'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def parse_args(argv=None):
@@ -1200,23 +1262,17 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=what, allow_abbrev=False)
     p.add_argument("file", type=Path, help="the .jsonl to write")
     p.add_argument("--n", type=int, default=50_000, help="prompts")
-    p.add_argument("--seed", type=int, default=0, help="the same prompts for the same seed")
     p.add_argument("--exclude", type=Path, help="GenEval .jsonl whose content must not come, in whatever words")
     args = p.parse_args(argv)
-    if args.file.suffix != ".jsonl":
-        p.error(f"{args.file}: the name of the file to write ends in .jsonl")
-    if args.n < 1 or args.seed < 0:
-        p.error(f"--n {args.n} --seed {args.seed}: --n must be at least 1, --seed at least 0")
+    if args.n < 1 or args.file.suffix != ".jsonl" or args.file.exists():
+        p.error(f"{args.file} --n {args.n}: a new .jsonl, --n at least 1")
     return args
 
 
 def main(args):
-    if args.file.exists():
-        raise UserError(f"{args.file} exists: give a new name")
     pairs = read_prompts(args.exclude) if args.exclude else []
     check_prompts(pairs, ["geneval"])
-    exclude = [m for _, m in pairs]
-    rows = geneval_prompts(args.n, args.seed, exclude)
+    rows = geneval_prompts(args.n, exclude=[metadata for _, metadata in pairs])
     with models.named_failure(f"cannot write {args.file}"):
         args.file.parent.mkdir(parents=True, exist_ok=True)
         args.file.write_text("".join(json.dumps(row) + "\n" for row in rows))

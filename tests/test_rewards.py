@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -682,14 +683,6 @@ def test_training_prompts_as_a_file(tmp_path, monkeypatch):
     assert [m for _, m in pairs] == rewards.geneval_prompts(60)
 
 
-def test_a_line_of_a_prompt_file_ends_where_json_says(tmp_path):
-    odd = "a sign\u2028in two\x85lines"
-    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\n", encoding="utf-8-sig")
-    (tmp_path / "a.txt").write_text(f"{odd}\r\n\na cat\n", encoding="utf-8-sig")
-    assert [prompt for prompt, _ in rewards.read_prompts(tmp_path / "a.jsonl")] == [odd]
-    assert [prompt for prompt, _ in rewards.read_prompts(tmp_path / "a.txt")] == [odd, "a cat"]
-
-
 def metadata(**more):
     return {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red", **more}]}
 
@@ -854,6 +847,111 @@ def test_golden_ocr():
         assert got == pytest.approx(case["reward"], abs=1e-6), case
 
 
+@pytest.mark.parametrize(
+    "prompt, found, release, ours",
+    (
+        ('a 12" pizza box that says "OPEN"', "open", 1, 1),
+        ('a 12" pizza box that says "OPEN"', "pizza box", 0, 0),
+        ('an 8"x10" photo of a sign "24 h", 5" thick', "24h", 1, 1),
+        ('"OPEN" on a door and "PULL" below', "open pull", 1, 1),
+        ('"OPEN" on a door and "PULL" below', "open", 1, 0.5),
+        ('a door with "" and " " and "IN"', "in", 1, 1),
+    ),
+)
+def test_quoted_texts(folder, monkeypatch, prompt, found, release, ours):
+    """The release's rule takes one text, the scorer all of them; inches are none."""
+    assert rewards.ocr_accuracy([(found, 0.9)], prompt) == release
+    scorer = one("ocr", folder)
+    monkeypatch.setattr(scorer, "read", lambda image: [(found, 0.9)])
+    assert scorer(torch.zeros(1, 3, 8, 8), [prompt])["ocr"].item() == ours
+
+
+@pytest.mark.parametrize("prompt", ("a sign", 'a 12" pizza', 'a 12" by 8" box', 'a sign that says ""'))
+def test_a_prompt_without_a_quoted_text_is_refused(prompt):
+    with pytest.raises(models.UserError, match="ocr needs a text in straight double quotes"):
+        rewards.check_prompts([(prompt, {})], ["ocr"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# rewards of the user's own
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """own.py with some rewards, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rewards, "SCORERS", dict(rewards.SCORERS))
+    code = """
+        import torch
+        def red(images, prompts, metadata):
+            assert len(images) == len(prompts) == len(metadata)
+            return images[:, 0].mean((1, 2)) + torch.tensor([m.get("bonus", 0.0) for m in metadata])
+        red.differentiable = True
+        def length(images, prompts, metadata):
+            return [len(prompt) for prompt in prompts]
+        def whole(images, prompts, metadata):
+            return images.mean()
+        def detached(images, prompts, metadata):
+            return images.detach().mean((1, 2, 3))
+        detached.differentiable = True
+        def fails(images, prompts, metadata):
+            raise KeyError("no such server")
+        def nan(images, prompts, metadata):
+            return [float("nan")] * len(prompts)
+        def ocr(images, prompts, metadata):
+            return [0.0] * len(prompts)
+        """
+    (tmp_path / "own.py").write_text(textwrap.dedent(code))
+    (tmp_path / "torn.py").write_text("def red(:\n")
+
+
+def test_a_reward_of_ones_own(own, folder, images):
+    weights = rewards.parse_weights("own.py:red=2, own.py:length=0.5,clipscore")
+    assert weights == {"red": 2.0, "length": 0.5, "clipscore": 1.0}
+    assert rewards.SCORERS["red"].differentiable and not rewards.SCORERS["length"].differentiable
+    rewards.check_prompts([("a", {})], ["own.py:red", "length"])
+    scorers = rewards.load_scorers(weights, "cpu", folder, batch_size=2)
+    got = scorers.score(images, PROMPTS, [{"bonus": 1.0}, {}, {}])
+    rounded = (images * 255).round() / 255
+    torch.testing.assert_close(got["red"], rounded[:, 0].mean((1, 2)) + torch.tensor([1.0, 0.0, 0.0]))
+    assert got["length"].tolist() == [len(prompt) for prompt in PROMPTS] and got["length"].dtype == torch.float32
+    images = images.clone().requires_grad_()
+    clip = rewards.load_scorers({"clipscore": 1.0}, "cpu", folder).differentiable(images, PROMPTS)
+    torch.testing.assert_close(scorers.differentiable(images, PROMPTS), clip + 2 * images[:, 0].mean((1, 2)))
+    spelled = rewards.load_scorers({"own.py:red": 2.0}).score(images.detach(), PROMPTS)
+    assert list(spelled) == ["red"]
+
+
+@pytest.mark.parametrize(
+    "reward, said",
+    (
+        ("own.py:whole", r"reward whole: it returned \[\] for 3 images, where \[3\] is due"),
+        ("own.py:detached", "reward detached: it calls itself differentiable, and its scores have no gradient"),
+        ("own.py:fails", r"reward fails failed: KeyError: 'no such server' \(.*own.py:15\)"),
+        ("own.py:nan", "nan returned a score that is not finite for the prompt 'a red circle'"),
+        ("own.py:ocr", "reward own.py:ocr: ocr is one of the nine, give the function another name"),
+        ("own.py:blue", "reward own.py:blue: AttributeError: module 'own' has no attribute 'blue'"),
+        ("torn.py:red", "reward torn.py:red: SyntaxError: invalid syntax"),
+        ("none.py:red", "reward none.py:red: FileNotFoundError: .*none.py"),
+        ("own:red", "unknown reward 'own:red'; allowed: .* or file.py:function"),
+    ),
+)
+def test_a_reward_of_ones_own_that_fails_is_named(own, images, reward, said):
+    with pytest.raises(models.UserError, match=said) as error:
+        scorers = rewards.load_scorers(rewards.parse_weights(reward))
+        if scorers.scorers[0].differentiable:
+            scorers.differentiable(images.clone().requires_grad_(), PROMPTS)
+        scorers.score(images, PROMPTS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_reward_of_ones_own_in_sample_py(own, tmp_path):
+    flags = ["--prompt", "a red circle", "--eval", "own.py:red,clipscore", "--out", "out", "--device", "cpu"]
+    sample.main(sample.parse_args(flags))
+    result = json.loads((tmp_path / "out/metadata.json").read_text())
+    assert set(result["rewards"]) == {"red", "clipscore"} and 0 < result["rewards"]["red"]["mean"] < 1
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # all together
 
@@ -935,7 +1033,10 @@ def test_all_nine_in_one_run_and_the_same_on_two_processes(folder, tmp_path):
         (["--eval", "ocr=1", "--prompt", "a sign"], "ocr needs a text in straight double quotes"),
         (["--eval", "geneval2=1", "--prompt", "a cat"], 'has no "vqa_list", which geneval2 needs'),
         (["--eval", "ocr=1", "--eval_prompts", "geneval=a.jsonl"], "write name=FILE for a reward of --eval (ocr)"),
-        (["--eval", "ocr=1", "--eval_prompts", "ocr=nowhere.txt"], "nowhere.txt does not exist"),
+        (
+            ["--eval", "ocr=1", "--eval_prompts", "ocr=nowhere.txt"],
+            "nowhere.txt cannot be read as UTF-8 text: [Errno 2] No such file",
+        ),
         (["--eval", "clipscore", "--reward_batch_size", "0"], "--reward_batch_size 0: must be at least 1"),
     ),
 )
