@@ -696,8 +696,8 @@ def ocr_accuracy(lines, prompt, texts=1):
     the first `texts` quoted texts of the prompt, in order.
     NOTE(paper): the release takes what stands between the first two quotes, inches (12" pizza) among them.
     """
-    target = "".join(quoted_texts(prompt)[:texts]).replace(" ", "").lower()
-    found = "".join(text for text, confidence in lines if confidence > 0).replace(" ", "").lower()
+    target = "".join("".join(quoted_texts(prompt)[:texts]).split()).lower()
+    found = "".join("".join(text for text, confidence in lines if confidence > 0).split()).lower()
     if target in found:
         return 1.0
     row = list(range(len(target) + 1))  # Levenshtein distance of each prefix of the target to what was read so far

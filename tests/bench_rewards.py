@@ -67,7 +67,7 @@ def ocr_rec_config():
         [[3, 128, 256, [1, 2], False], *[[5, 256, 256, 1, False]] * 4],
         [[5, 256, 512, [2, 1], True], [5, 512, 512, 1, True], [5, 512, 512, [2, 1], False], [5, 512, 512, 1, False]],
     ]
-    backbone = dict(model_type="pp_lcnet_v3", scale=0.95, block_configs=blocks, out_features=["stage5"])
+    backbone = dict(model_type="pp_lcnet_v3", scale=0.95, divisor=16, block_configs=blocks, out_features=["stage5"])
     return transformers.PPOCRV5MobileRecConfig(backbone_config=backbone)
 
 
