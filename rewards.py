@@ -12,9 +12,15 @@ average (normalised units).
 
 import argparse
 import contextlib
+import csv
+import functools
 import html
+import importlib.util
+import io
+import itertools
 import json
 import math
+import os
 import re
 import traceback
 from pathlib import Path
@@ -23,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 
 import models
@@ -57,61 +64,51 @@ class Weights:
         self.reward_dir = Path(reward_dir) if reward_dir else None
         if reward_dir and not self.reward_dir.is_dir():
             raise UserError(f"--reward_dir {reward_dir} is not a folder: make it, or leave it out to ask the hub")
-        self.shared = {}
+        self.clips = {}
 
     def source(self, folder):
         """What from_pretrained takes: the local folder if it is there, else the hub id."""
         local = self.reward_dir / folder if self.reward_dir else None
         return str(local) if local and local.is_dir() else SOURCES[folder]
 
-    def missing(self, folder, name, error, files=""):
-        """A UserError that says what to put where; files: which of the repository, as `hf download` takes them."""
-        place = f"{self.reward_dir or 'REWARDS'}/{folder}/"
-        command = f" (hf download {SOURCES[folder]} {files}--local-dir {place})"
-        command = "" if "://" in SOURCES[folder] else command
-        return UserError(
-            f"cannot open {name} of {SOURCES[folder]}: {models.first_line(error)} Put it into {place}{command} "
-            f"and give --reward_dir {self.reward_dir or 'REWARDS'}"
-        )
-
-    def open(self, cls, folder, **options):
-        """cls.from_pretrained for configs and tokenizers."""
+    @contextlib.contextmanager
+    def opening(self, folder, what, files=""):
+        """A failure becomes one line that says what to put where; files: which, as `hf download` takes them."""
         try:
-            return cls.from_pretrained(self.source(folder), **options)
-        except (OSError, ValueError) as error:
-            raise self.missing(folder, f"the files of {cls.__name__}", error, SMALL) from None
+            yield
+        except models.BROKEN as error:  # not there, no network, or torn
+            place = f"{self.reward_dir or 'REWARDS'}/{folder}/"
+            command = f" (hf download {SOURCES[folder]} {files}--local-dir {place})"
+            raise UserError(
+                f"cannot open {what} of {SOURCES[folder]}: {models.first_line(error)} Put it into {place}"
+                f"{'' if '://' in SOURCES[folder] else command} and give --reward_dir {self.reward_dir or 'REWARDS'}"
+            ) from None
+
+    def open(self, cls, folder, size=None):
+        """cls.from_pretrained for configs and tokenizers. size: tokens the model knows, if it can be compared."""
+        with self.opening(folder, f"the files of {cls.__name__}", SMALL):
+            opened = cls.from_pretrained(self.source(folder))
+            if size and len(opened) != size:  # transformers makes an empty tokenizer where the vocabulary is missing
+                raise ValueError(
+                    f"{len(opened)} tokens where the model knows {size}; its vocabulary's file is not there."
+                )
+        return opened
 
     def file(self, folder, name):
         """Path of one published file."""
-        source = self.source(folder)
-        if "://" in source or Path(source).is_dir():
-            path = Path(source) / name
-            if not path.is_file():
-                error = f"there is no {path}." if "://" not in source else "not on the hub."
-                raise self.missing(folder, name, error, f"{name} ")
-            return path
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return Path(hf_hub_download(source, name))
-        except (OSError, ValueError) as error:  # no network, no such file
-            raise self.missing(folder, name, error, f"{name} ") from None
+        with self.opening(folder, name, f"{name} "):
+            return transformers.utils.cached_file(self.source(folder), name)
 
     def state(self, folder, name):
         """State dict of one published file; a pickle is read without running any of it."""
-        state = models.load_tensors(self.file(folder, name))
-        if not isinstance(state, dict):
-            raise UserError(f"{name} of {SOURCES[folder]} holds a {type(state).__name__} and no state dict")
-        return state
+        return models.load_tensors(self.file(folder, name))
 
     def model(self, cls, folder, config=None, state=None, dtype=torch.float32, **options):
         """A frozen transformers model, from its folder or from (config, state). A key that does not fit is an error."""
         source = self.source(folder)
         options |= dict(config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-        try:
+        with self.opening(folder, f"the weights of {cls.__name__}"):
             model, info = cls.from_pretrained(None if state else source, state_dict=state, **options)
-        except models.BROKEN as error:  # not there, or torn
-            raise self.missing(folder, f"the weights of {cls.__name__}", error) from None
         wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
         wrong += [f"{key} is left over" for key in sorted(info["unexpected_keys"])]
         wrong += [f"{key} is {tuple(a)}, not {tuple(b)}" for key, a, b in sorted(info["mismatched_keys"])]
@@ -122,38 +119,32 @@ class Weights:
 
     def clip(self, folder="clip"):
         """A CLIPModel folder as a `Clip`, loaded once."""
-        if folder not in self.shared:
-            from transformers import CLIPModel, CLIPTokenizer
-
-            model = self.model(CLIPModel, folder)
-            size = model.config.text_config.vocab_size
-            self.shared[folder] = Clip(model, self.tokenizer(CLIPTokenizer, folder, size))
-        return self.shared[folder]
-
-    def tokenizer(self, cls, folder, size):
-        """A tokenizer of `size` tokens; without its vocabulary's file transformers would make an empty one."""
-        tokenizer = self.open(cls, folder)
-        if len(tokenizer) != size:
-            error = f"{len(tokenizer)} tokens where the model knows {size}; its vocabulary's file is not there."
-            raise self.missing(folder, f"the files of {cls.__name__}", error, SMALL)
-        return tokenizer
+        if folder not in self.clips:
+            model = self.model(transformers.CLIPModel, folder)
+            tokens = self.open(transformers.CLIPTokenizer, folder, model.config.text_config.vocab_size)
+            self.clips[folder] = Clip(model, tokens)
+        return self.clips[folder]
 
 
-def linear_stack(state, prefix, indices, source, between=None):
-    """The linear layers `prefix{i}.weight/.bias` in a row, `between` after each but the last; takes all of `state`."""
-    want = {f"{prefix}{i}.{part}" for i in indices for part in ("weight", "bias")}
-    if set(state) != want:
-        raise UserError(f"{source}: keys missing {sorted(want - set(state))}, left over {sorted(set(state) - want)}")
-    layers, width = [], state[f"{prefix}{indices[0]}.weight"].shape[-1]
-    for i in indices:
-        weight, bias = state[f"{prefix}{i}.weight"].float(), state[f"{prefix}{i}.bias"].float()
-        if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
-            raise UserError(f"{source}: {prefix}{i}.weight is {tuple(weight.shape)}, and {width} numbers go in")
-        width = weight.shape[0]
-        layer = nn.Linear(*weight.shape[::-1], device="meta")
-        layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
-        layers += [layer] if between is None or not layers else [between(), layer]
-    return nn.Sequential(*layers).eval().requires_grad_(False)
+def part(state, prefix):
+    """The entries of a state dict under a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def load_head(layers, state, source):
+    """The layers, made on the meta device, with a published head's weights; a key that does not fit is an error."""
+    head = nn.Sequential(*layers)
+    try:
+        head.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+    return head.eval().requires_grad_(False)
+
+
+def linear_layers(width):
+    """The head of LAION's predictor and of ImageReward: no activations, and dropout in training only."""
+    a, b, c, d, e = (nn.Linear(*pair, device="meta") for pair in itertools.pairwise((width, 1024, 128, 64, 16, 1)))
+    return a, nn.Dropout(), b, nn.Dropout(), c, nn.Dropout(), d, e
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -192,13 +183,9 @@ def resize_and_pad(images, size):
     return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
-def patchify(images, patch):
-    """Qwen-VL's input rows [B gh gw, 3 * 2 * patch * patch] and grid [B, 3]: 2x2 patches together, one frame twice."""
-    b, _, h, w = images.shape
-    gh, gw = h // patch, w // patch
-    x = images.view(b, 3, gh // 2, 2, patch, gw // 2, 2, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)  # [B, gh/2, gw/2, 2, 2, 3, 2, patch, patch]
-    return x.reshape(b * gh * gw, -1), torch.tensor([[1, gh, gw]] * b, device=images.device)
+def eight_bits(images):
+    """Pictures as files hold them: uint8 array [B, H, W, 3] of images [B, 3, H, W] in [0, 1]."""
+    return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -279,7 +266,8 @@ class Aesthetic(nn.Module):
         super().__init__()
         self.clip = weights.clip()
         name = "sac+logos+ava1-l14-linearMSE.pth"
-        self.head = linear_stack(weights.state("aesthetic", name), "layers.", (0, 2, 4, 6, 7), name)
+        state = {key.removeprefix("layers."): value for key, value in weights.state("aesthetic", name).items()}
+        self.head = load_head(linear_layers(self.clip.model.config.projection_dim), state, name)
 
     def forward(self, images, prompts, metadata=None):
         return {"aesthetic": self.head(self.clip.image(normalize(resize_and_crop(images, self.clip.size)))).squeeze(-1)}
@@ -304,13 +292,12 @@ class HPSv2(nn.Module):
 
     def __init__(self, weights, device):
         super().__init__()
-        from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
         name = "HPS_v2.1_compressed.pt"
         state = weights.state("hpsv2", name)
         state = open_clip_to_transformers(state.get("state_dict", state))
-        model = weights.model(CLIPModel, "hpsv2", CLIPConfig(**self.CONFIG), state)
-        self.clip = Clip(model, weights.tokenizer(CLIPTokenizer, "clip", model.config.text_config.vocab_size))
+        config = transformers.CLIPConfig(**self.CONFIG)
+        tokenizer = weights.open(transformers.CLIPTokenizer, "clip", config.text_config.vocab_size)
+        self.clip = Clip(weights.model(transformers.CLIPModel, "hpsv2", config, state), tokenizer)
 
     def forward(self, images, prompts, metadata=None):
         pixels = normalize(resize_and_pad(images, self.clip.size))
@@ -390,26 +377,23 @@ class ImageReward(nn.Module):
 
     def __init__(self, weights, device):
         super().__init__()
-        from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-
         name = "ImageReward.pt"
-        parts = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}, "blip.vision_proj.": {}}
-        parts |= {"blip.text_proj.": {}, "": {}}  # the projections are of BLIP's own training, not used
-        for key, value in weights.state("imagereward", name).items():
-            prefix = next(p for p in parts if key.startswith(p))
-            parts[prefix][key.removeprefix(prefix)] = value
-        vision, text, head, left = (parts[p] for p in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.", ""))
-        if left:
-            raise UserError(f"{name}: left over {sorted(left)[:5]}")
-        text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
+        state = weights.state("imagereward", name)
+        used = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
+        odd = [key for key in state if not key.startswith((*used, "blip.vision_proj.", "blip.text_proj."))]
+        if odd:  # the two projections are of BLIP's own training
+            raise UserError(f"{name}: left over {odd[:5]}")
+        vision, text, head = (part(state, prefix) for prefix in used)
         vision = {renamed(key, self.KEYS): value for key, value in vision.items()}
-        self.vision = weights.model(BlipVisionModel, "imagereward", BlipVisionConfig(**self.VISION), vision)
+        text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
+        config = transformers.BlipVisionConfig(**self.VISION)
+        self.vision = weights.model(transformers.BlipVisionModel, "imagereward", config, vision)
         # is_decoder makes the cross-attention; called without it, the text attends both ways
-        config = BlipTextConfig(**self.TEXT, is_decoder=True)
-        self.text = weights.model(BlipTextModel, "imagereward", config, text, add_pooling_layer=False)
-        self.head = linear_stack(head, "layers.", (0, 2, 4, 6, 7), name)
+        config = transformers.BlipTextConfig(**self.TEXT, is_decoder=True)
+        self.text = weights.model(transformers.BlipTextModel, "imagereward", config, text, add_pooling_layer=False)
+        self.head = load_head(linear_layers(config.hidden_size), head, name)
         # BLIP's table has two rows more than BERT's, [DEC] and [ENC]; neither is asked for here
-        self.tokenizer = weights.tokenizer(BertTokenizer, "bert", self.TEXT["vocab_size"] - 2)
+        self.tokenizer = weights.open(transformers.BertTokenizer, "bert", config.vocab_size - 2)
 
     def forward(self, images, prompts, metadata=None):
         pixels = normalize(resize_and_crop(images, self.VISION["image_size"]))
@@ -463,15 +447,19 @@ class HPSv3(nn.Module):
 
     def __init__(self, weights, device):
         super().__init__()
-        from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
-
         name = "HPSv3.safetensors"
         state = weights.state("hpsv3", name)
         state.pop("lm_head.weight", None)
-        head = {key: state.pop(key) for key in list(state) if key.startswith("rm_head.")}
-        self.head = linear_stack(head, "rm_head.", (0, 3, 5), name, between=nn.ReLU)
-        config = weights.open(Qwen2VLConfig, "qwen2vl")
-        self.tokenizer = weights.open(AutoTokenizer, "qwen2vl")
+        head = {key.removeprefix("rm_head."): state.pop(key) for key in list(state) if key.startswith("rm_head.")}
+        config = weights.open(transformers.Qwen2VLConfig, "qwen2vl")
+        with torch.device("meta"):
+            first, second, third = (
+                nn.Linear(config.text_config.hidden_size, 1024),
+                nn.Linear(1024, 16),
+                nn.Linear(16, 2),
+            )
+        self.head = load_head((first, nn.ReLU(), nn.Dropout(), second, nn.ReLU(), third), head, name)
+        self.tokenizer = weights.open(transformers.AutoTokenizer, "qwen2vl")
         self.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
         rows = config.text_config.vocab_size = len(state.get("model.embed_tokens.weight", ()))
         token = self.tokenizer.convert_tokens_to_ids("<|Reward|>")
@@ -479,35 +467,21 @@ class HPSv3(nn.Module):
             raise UserError(f"<|Reward|> is token {token} of qwen2vl/'s tokenizer, and {name} has {rows} tokens")
         state = {re.sub(r"^model\.", "language_model.", key): value for key, value in state.items()}
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = weights.model(Qwen2VLModel, "hpsv3", config, state, dtype)
+        self.model = weights.model(transformers.Qwen2VLModel, "hpsv3", config, state, dtype)
+        pixels = dict(patch_size=config.vision_config.patch_size, min_pixels=448**2, max_pixels=448**2)
+        self.processor = transformers.Qwen2VLImageProcessorPil(**pixels)  # CLIP's mean and std
 
     def forward(self, images, prompts, metadata=None):
-        size = smart_resize(*images.shape[-2:], factor=28, least=448**2, most=448**2)
-        pixels = resize(images, *size).clamp(0, 1)
-        rows, grid = patchify(normalize(pixels), self.model.config.vision_config.patch_size)
+        inputs = self.processor(list(eight_bits(images)), return_tensors="pt").to(images.device)
+        grid = inputs.image_grid_thw  # [B, 3]: 1 frame, rows and columns of patches, of which 4 are a token
         start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
         start += "<|image_pad|>" * int(grid[0].prod() // 4) + "<|vision_end|>"
         texts = [start + HPSV3_INSTRUCTION.format(text_prompt=prompt) + HPSV3_QUESTION for prompt in prompts]
         tokens, last = pad_right(self.tokenizer(texts).input_ids, images.device)
         # NOTE: the model was trained and is published with plain positions 0, 1, 2, ..., for the image's tokens too
         position = torch.arange(tokens.shape[1], device=images.device).expand(3, *tokens.shape)
-        states = self.model(tokens, position_ids=position, pixel_values=rows, image_grid_thw=grid).last_hidden_state
+        states = self.model(tokens, position_ids=position, **inputs).last_hidden_state
         return {"hpsv3": self.head(states[torch.arange(len(last)), last].float())[:, 0]}
-
-
-def smart_resize(height, width, factor, least, most):
-    """(height, width) of Qwen-VL's pictures: multiples of `factor`, between `least` and `most` pixels in all.
-
-    After smart_resize of transformers' qwen2_vl image processor (Apache-2.0).
-    """
-    h, w = (max(1, round(side / factor)) * factor for side in (height, width))
-    if h * w > most:
-        shrink = math.sqrt(height * width / most)
-        return tuple(max(1, math.floor(side / shrink / factor)) * factor for side in (height, width))
-    if h * w < least:
-        grow = math.sqrt(least / (height * width))
-        return tuple(math.ceil(side * grow / factor) * factor for side in (height, width))
-    return h, w
 
 
 def pad_right(rows, device):
@@ -530,11 +504,11 @@ class GenEval2(nn.Module):
 
     def __init__(self, weights, device):
         super().__init__()
-        from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
-
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = weights.model(Qwen3VLForConditionalGeneration, "qwen3vl", dtype=dtype)
-        self.tokenizer = weights.open(AutoTokenizer, "qwen3vl")
+        self.model = weights.model(transformers.Qwen3VLForConditionalGeneration, "qwen3vl", dtype=dtype)
+        self.tokenizer = weights.open(transformers.AutoTokenizer, "qwen3vl")
+        pixels = dict(patch_size=self.model.config.vision_config.patch_size, min_pixels=256**2, max_pixels=4096**2)
+        self.processor = transformers.Qwen2VLImageProcessorPil(**pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
     def forward(self, images, prompts, metadata):
         chances = [self.answer_chances(image[None], m["vqa_list"]) for image, m in zip(images, metadata, strict=True)]
@@ -546,22 +520,15 @@ class GenEval2(nn.Module):
 
         One at a time: keys and values of a picture with its questions are about a gigabyte.
         """
-        from transformers import DynamicCache
-
-        device, vision = image.device, self.model.config.vision_config
-        factor = vision.patch_size * vision.spatial_merge_size
-        size = smart_resize(*image.shape[-2:], factor, least=256**2, most=4096**2)
-        pixels = resize(image, *size).clamp(0, 1)
-        rows, grid = patchify(normalize(pixels, (0.5,) * 3, (0.5,) * 3), vision.patch_size)
-        pads = "<|image_pad|>" * int(grid[0].prod() // vision.spatial_merge_size**2)
+        device = image.device
+        inputs = self.processor(list(eight_bits(image)), return_tensors="pt").to(device)
+        pads = "<|image_pad|>" * int(inputs.image_grid_thw.prod() // 4)
         start = self.tokenizer(f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>").input_ids
         start = torch.tensor([start], device=device)
-        cache = DynamicCache(config=self.model.config)
         kind = (start == self.model.config.image_token_id).int()  # 1 at image tokens, for the positions
-        self.model.model(
-            start, pixel_values=rows, image_grid_thw=grid, mm_token_type_ids=kind, past_key_values=cache, use_cache=True
-        )
-        position, _ = self.model.model.get_rope_index(start, kind, grid)
+        cache = transformers.DynamicCache(config=self.model.config)
+        self.model.model(start, **inputs, mm_token_type_ids=kind, past_key_values=cache, use_cache=True)
+        position, _ = self.model.model.get_rope_index(start, kind, inputs.image_grid_thw)
 
         end = " Answer in one word.<|im_end|>\n<|im_start|>assistant\n"
         tokens, last = pad_right(self.tokenizer([q + end for q, _ in questions]).input_ids, device)
@@ -591,7 +558,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 class OCR(nn.Module):
-    """1 - edit distance / length between the prompt's quoted text and what PP-OCRv5 mobile reads in the picture.
+    """1 - edit distance / length between the prompt's quoted texts and what PP-OCRv5 mobile reads in the picture.
 
     Weights: ocr_det/ and ocr_rec/. The authors used PP-OCRv3 and v4: numbers do not compare to the digit.
     """
@@ -601,23 +568,19 @@ class OCR(nn.Module):
 
     def __init__(self, weights, device):
         super().__init__()
-        from transformers import PPOCRV5MobileDetForObjectDetection, PPOCRV5MobileRecForTextRecognition
-
-        self.detector = weights.model(PPOCRV5MobileDetForObjectDetection, "ocr_det")
-        self.reader = weights.model(PPOCRV5MobileRecForTextRecognition, "ocr_rec")
+        self.detector = weights.model(transformers.PPOCRV5MobileDetForObjectDetection, "ocr_det")
+        self.reader = weights.model(transformers.PPOCRV5MobileRecForTextRecognition, "ocr_rec")
         name = "preprocessor_config.json"
-        file = weights.file("ocr_rec", name)
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise weights.missing("ocr_rec", name, error) from None
-        self.characters, n = config.get("character_list", []), self.reader.config.head_out_channels
+        file, n = weights.file("ocr_rec", name), self.reader.config.head_out_channels
+        with weights.opening("ocr_rec", name):
+            self.characters = json.loads(Path(file).read_text(encoding="utf-8")).get("character_list", [])
         if len(self.characters) != n:
             raise UserError(f"{name} of ocr_rec lists {len(self.characters)} characters, the model tells {n} apart")
 
     def forward(self, images, prompts, metadata=None):
-        scores = [ocr_accuracy(self.read(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
-        return {"ocr": torch.tensor(scores)}
+        # NOTE(paper): all quoted texts of a prompt count; the release looks at the first (its test set has no second)
+        pairs = zip(images, prompts, strict=True)
+        return {"ocr": torch.tensor([ocr_accuracy(self.read(image), prompt, texts=None) for image, prompt in pairs])}
 
     def read(self, image):
         """[(text, confidence)] of the lines in one image [3, H, W], top to bottom, those of confidence .5 and more."""
@@ -627,7 +590,7 @@ class OCR(nn.Module):
         # PaddleOCR applies ImageNet's RGB statistics to BGR channels, and so do these weights
         pixels = normalize(resize(image[None], *sides, "bilinear").flip(1), *IMAGENET)
         chances = self.detector(pixels).last_hidden_state[0, 0].float().cpu().numpy()
-        picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+        picture = Image.fromarray(eight_bits(image[None])[0])
         lines = [self.read_line(cut_out(picture, box), image.device) for box in text_boxes(chances, h, w)]
         return [(text, confidence) for text, confidence in lines if text and confidence >= 0.5]
 
@@ -718,21 +681,23 @@ def cut_out(picture, corners):
     return crop.rotate(90, expand=True) if size[1] >= 1.5 * size[0] else crop
 
 
-def quoted_text(prompt):
-    """The text between the prompt's first two straight double quotes."""
-    parts = prompt.split('"')
-    if len(parts) < 3 or not parts[1].replace(" ", ""):
+def quoted_texts(prompt):
+    """The texts in straight double quotes; the mark behind a digit opens none: it is inches."""
+    texts = [text for text in re.findall(r'(?<!\d)"([^"]*)"', prompt) if text.strip()]
+    if not texts:
         raise UserError(f'ocr needs a text in straight double quotes, as in: a sign that says "OPEN"; got {prompt!r}')
-    return parts[1]
+    return texts
 
 
-def ocr_accuracy(lines, prompt):
-    """1 - min(edit distance, n) / n in [0, 1]; n: length of the quoted text, case and spaces aside.
+def ocr_accuracy(lines, prompt, texts=1):
+    """1 - min(edit distance, n) / n in [0, 1]; n: length of the target, case and spaces aside.
 
-    lines: [(text, confidence), ...] in reading order, joined; 1 also where the target is a part of them.
+    lines: [(text, confidence), ...] in reading order, joined; 1 also where the target is a part of them. The target:
+    the first `texts` quoted texts of the prompt, in order.
+    NOTE(paper): the release takes what stands between the first two quotes, inches (12" pizza) among them.
     """
-    target = quoted_text(prompt).replace(" ", "").lower()
-    found = "".join(text for text, confidence in lines if confidence > 0).replace(" ", "").lower()
+    target = "".join("".join(quoted_texts(prompt)[:texts]).split()).lower()
+    found = "".join("".join(text for text, confidence in lines if confidence > 0).split()).lower()
     if target in found:
         return 1.0
     row = list(range(len(target) + 1))  # Levenshtein distance of each prefix of the target to what was read so far
@@ -762,8 +727,7 @@ class GenEval(nn.Module):
         if is_classroom(weights.reward_dir):
             from classroom.shapes import detect
 
-            pixels = lambda images: (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # noqa: E731
-            self.detect = lambda images, metadata: detect(pixels(images))
+            self.detect = lambda images, metadata: detect(eight_bits(images))
         else:
             self.detect = ObjectDetector(weights)
 
@@ -792,16 +756,15 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 
 def segmenter_class():
     """Mask2FormerForUniversalSegmentation without its training loss, which would need scipy."""
-    from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
 
-    class Segmenter(Mask2FormerPreTrainedModel):
+    class Segmenter(transformers.Mask2FormerPreTrainedModel):
         # what only the loss has, and what the published file's older Swin held, or did not, beside its weights
         _keys_to_ignore_on_load_unexpected = ["criterion.empty_weight", "relative_position_index"]
         _keys_to_ignore_on_load_missing = [r"encoder\.swin\.layernorm\."]
 
         def __init__(self, config):
             super().__init__(config)
-            self.model = Mask2FormerModel(config)
+            self.model = transformers.Mask2FormerModel(config)
             self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
             self.post_init()
 
@@ -969,8 +932,53 @@ SCORERS = {column: scorer for scorer in CLASSES for column in scorer.columns}
 SCALE = {"pickscore": 1 / 26}  # in sums of rewards, so that a weight of 1 means about the same for every reward
 
 
+def find_scorer(reward):
+    """The name in SCORERS of a reward; `file.py:function` is loaded, and enters there under the function's name."""
+    if reward in SCORERS:
+        return reward
+    file, _, name = reward.rpartition(":")
+    if not file.endswith(".py"):
+        raise UserError(f"unknown reward {reward!r}; allowed: {', '.join(SCORERS)}, or file.py:function of your own")
+    if SCORERS.get(name) in CLASSES:
+        raise UserError(f"reward {reward}: {name} is one of the nine, give the function another name")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        SCORERS[name] = own_scorer(name, getattr(module, name))
+    except Exception as error:  # whatever the file's code raises
+        raise UserError(f"reward {reward}: {type(error).__name__}: {models.first_line(error)}") from error
+    return name
+
+
+def own_scorer(name, function):
+    """A scorer of function(images [B, 3, H, W] in [0, 1], prompts, metadata) -> [B].
+
+    Differentiable if it has `function.differentiable = True`; the metadata are empty where its gradient is taken.
+    """
+
+    class OwnScorer(nn.Module):
+        columns = (name,)
+        differentiable = getattr(function, "differentiable", False)
+
+        def __init__(self, weights, device):
+            super().__init__()
+
+        def forward(self, images, prompts, metadata=None):
+            row = torch.as_tensor(function(images, prompts, metadata or [{}] * len(prompts)), device=images.device)
+            if row.shape != (len(prompts),):
+                raise UserError(
+                    f"it returned {list(row.shape)} for {len(prompts)} images, where [{len(prompts)}] is due"
+                )
+            if images.requires_grad and not row.requires_grad:
+                raise UserError("it calls itself differentiable, and its scores have no gradient to the images")
+            return {name: row.float()}
+
+    return OwnScorer
+
+
 @contextlib.contextmanager
-def blamed(scorer):
+def naming(scorer):
     """Whatever goes wrong becomes one line with the scorer's name."""
     name = scorer.columns[0]
     try:
@@ -982,7 +990,7 @@ def blamed(scorer):
         ) from None
     except UserError as error:
         raise UserError(f"reward {name}: {error}") from None
-    except Exception as error:  # whatever a model's code raises: the run stops, and says whose fault it was
+    except Exception as error:  # whatever a model's code raises: the run stops, and says where
         at = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__}: {models.first_line(error)}"
         raise UserError(f"reward {name} failed: {what} ({at.filename}:{at.lineno})") from error
@@ -1002,7 +1010,7 @@ class Scorers:
         files = Weights(reward_dir)
         self.scorers = []
         for scorer in dict.fromkeys(SCORERS[name] for name in weights):
-            with blamed(scorer):
+            with naming(scorer):
                 self.scorers.append(scorer(files, device).to("cpu" if offload else device))
 
     @torch.no_grad()
@@ -1014,28 +1022,27 @@ class Scorers:
         columns = list(self.weights) if columns is None else columns
         metadata = [{}] * len(prompts) if metadata is None else metadata
         check_prompts(list(zip(prompts, metadata, strict=True)), columns, self.reward_dir)
-        rows = {name: [] for name in columns}
+        rows = {name: torch.empty(len(prompts)) for name in columns}
         size = self.batch_size or max(1, len(prompts))
         for scorer in self.scorers:
-            if not set(columns) & set(scorer.columns):
-                continue
-            for b in range(0, len(prompts), size):
-                part = (images[b : b + size].to(self.device, torch.float32) * 255).round().clamp(0, 255) / 255
-                scores = self.call(scorer, part, prompts[b : b + size], metadata[b : b + size])
-                for name in set(columns) & set(scorer.columns):
-                    rows[name].append(scores[name].float().cpu())
+            wanted = set(columns) & set(scorer.columns)
+            for b in range(0, len(prompts) if wanted else 0, size):
+                part = slice(b, b + size)
+                pixels = (images[part].to(self.device, torch.float32) * 255).round().clamp(0, 255) / 255
+                scores = self.call(scorer, pixels, prompts[part], metadata[part])
+                for name in wanted:
+                    rows[name][part] = scores[name].float().cpu()
             if self.offload:
                 scorer.to("cpu")
-        return {name: torch.cat(parts) for name, parts in rows.items()}
+        return rows
 
     def differentiable(self, images, prompts):
         """Weighted sum of the differentiable columns, [B], with gradient to the images; 0 if there is none."""
         total = images.new_zeros(len(images))
         for scorer in self.scorers:
             if scorer.differentiable:
-                rows = self.call(scorer, images, prompts)
-                names = [name for name in rows if name in self.weights]
-                total = total + sum(self.weights[name] * SCALE.get(name, 1) * rows[name] for name in names)
+                for name, row in self.call(scorer, images, prompts).items():
+                    total = total + self.weights[name] * SCALE.get(name, 1) * row
         return total
 
     def call(self, scorer, images, prompts, metadata=None):
@@ -1043,7 +1050,7 @@ class Scorers:
         tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # cosines of .2 need 1e-3
         try:
-            with blamed(scorer), torch.autocast(self.device.type, enabled=False):
+            with naming(scorer), torch.autocast(self.device.type, enabled=False):
                 rows = scorer.to(self.device)(images, prompts, metadata)
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
@@ -1056,23 +1063,17 @@ class Scorers:
 
 
 def load_scorers(weights, device="cpu", reward_dir=None, batch_size=None, offload=False):
-    """Scorers for {column: weight}; reward_dir holds weights that are not taken from the hub."""
-    check_names(weights)
+    """Scorers for {reward: weight}; reward_dir holds weights that are not taken from the hub."""
+    weights = {find_scorer(reward): weight for reward, weight in weights.items()}
     return Scorers(weights, device, reward_dir, batch_size, offload)
 
 
-def check_names(names):
-    for name in names:
-        if name not in SCORERS:
-            raise UserError(f"unknown reward {name!r}; allowed: {', '.join(SCORERS)}")
-
-
 def parse_weights(text):
-    """ "clipscore=1,geneval=0.5" -> {"clipscore": 1.0, "geneval": 0.5}; a name alone has weight 1."""
+    """ "clipscore=1,own.py:sharpness=0.5" -> {"clipscore": 1.0, "sharpness": 0.5}; a name alone has weight 1."""
     weights = {}
     for item in text.split(","):
-        name, _, weight = item.strip().partition("=")
-        check_names([name])
+        reward, _, weight = item.strip().partition("=")
+        name = find_scorer(reward)
         if name in weights:
             raise UserError(f"reward {name} stands twice in {text!r}: give it once")
         try:
@@ -1087,42 +1088,69 @@ def parse_weights(text):
 # ---------------------------------------------------------------------------------------------------------------
 # prompts
 
+PROMPT_KEYS = ("prompt", "prompts", "text", "caption")  # in any case; the first that is there
+
 
 def read_prompts(path):
-    """[(prompt, metadata)] from .txt (a prompt a line), .jsonl or .json ("prompt" or "text"; the rest is metadata)."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"prompt file {path} " + ("is a folder" if path.is_dir() else "does not exist"))
+    """[(prompt, metadata)] of a file: metadata are the other keys or columns. Blank prompts are left out, and counted.
+
+    .txt: a prompt a line. .csv, .tsv: a sheet, its columns named in the first line. .json, .jsonl: a list, or a line
+    each, of texts or objects.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors begin with
+        text = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")  # without the mark that some editors begin with
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt file {path} cannot be read as UTF-8 text: {error}") from None
-    if path.suffix == ".txt":
-        rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
-    elif path.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines would split inside strings
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON: {error}") from None
-    elif path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not JSON: {error}") from None
-    else:
-        raise UserError(f"prompt file {path}: unknown ending {path.suffix!r}; allowed: .txt, .jsonl, .json")
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} holds no prompts")
+    try:
+        rows = ROWS[Path(path).suffix.lower()](text)
+    except KeyError as ending:
+        raise UserError(f"prompt file {path}: unknown ending {ending}; allowed: {', '.join(ROWS)}") from None
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{path} is torn, or of another format than its name says: {error}") from None
     pairs = []
     for number, row in enumerate(rows, 1):
-        row = {"prompt": row} if isinstance(row, str) else row
-        prompt = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
-        if not isinstance(prompt, str):
-            raise UserError(f'{path}, entry {number}: no "prompt" or "text" that is a string')
-        pairs.append((prompt, row))
+        row = row if isinstance(row, dict) else {"prompt": row}
+        keys = {key.strip().lower(): key for key in row}
+        key = next((keys[name] for name in PROMPT_KEYS if name in keys), None)
+        if not isinstance(row.get(key), str):
+            found = ", ".join(row)
+            raise UserError(
+                f"{path}, entry {number}: no text under {' or '.join(PROMPT_KEYS)}, in {found or 'no keys'}"
+            )
+        prompt = row.pop(key).strip()
+        pairs += [(prompt, {"prompt": prompt} | row)] if prompt else []
+    if not pairs:
+        raise UserError(f"{path} holds no prompts")
+    if len(pairs) < len(rows) and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: {len(pairs)} prompts, and {len(rows) - len(pairs)} blank ones left out")
     return pairs
+
+
+def json_rows(text):
+    """Entries of a JSON list or of JSON lines; a key that is null, as tables write what is absent, is left out."""
+    load = functools.partial(json.loads, object_hook=lambda row: {k: v for k, v in row.items() if v is not None})
+    if text.lstrip().startswith("["):
+        return load(text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would split inside strings
+        try:
+            rows += [load(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return rows
+
+
+def sheet_rows(text, delimiter):
+    """Entries {column: cell} of a sheet."""
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():  # where DictReader puts what is too much or too little
+            raise ValueError(f"entry {number} has more or fewer cells than the first line")
+    return rows
+
+
+ROWS = {".txt": lambda text: text.split("\n"), ".jsonl": json_rows, ".json": json_rows}
+ROWS |= {".csv": functools.partial(sheet_rows, delimiter=","), ".tsv": functools.partial(sheet_rows, delimiter="\t")}
 
 
 def classroom_prompts(**repeat):
@@ -1136,7 +1164,7 @@ def classroom_prompts(**repeat):
 
 def check_prompts(pairs, columns, reward_dir=None):
     """Raise a UserError if a prompt lacks what a scorer will need."""
-    need = {scorer for name, scorer in SCORERS.items() if name in columns}
+    need = {SCORERS[find_scorer(name)] for name in columns}
     classes, colors = COCO, COLORS
     if GenEval in need and is_classroom(reward_dir):
         from classroom.shapes import COLORS as colors
@@ -1152,7 +1180,7 @@ def check_prompts(pairs, columns, reward_dir=None):
                 "facebookresearch/GenEval2"
             )
         if OCR in need:
-            quoted_text(prompt)
+            quoted_texts(prompt)
 
 
 def geneval_fault(metadata, classes, colors):
@@ -1191,53 +1219,42 @@ def geneval_prompts(n, seed=0, exclude=()):
     taken, rows, tries = {content(m) for m in exclude}, [], 0
     while len(rows) < n:
         m = geneval_prompt(TASKS[len(rows) % len(TASKS)], rng)
-        tries += 1
         if content(m) not in taken:
             rows.append(m)
             tries = 0
-        elif tries == 10_000:
+        elif (tries := tries + 1) == 10_000:
             raise UserError(f"--exclude leaves no {m['tag']} prompt to draw: take a smaller file")
     return rows
 
 
-OPENINGS = ("a picture of", "an image of", "a photograph of", "a snapshot of", "a shot of", "a photograph showing")
-PLURALS = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
-PLURALS |= {"skis": "pairs of skis", "scissors": "pairs of scissors"}
-
-
 def geneval_prompt(tag, rng):
     """One random prompt of a task type as GenEval metadata."""
-    pick = lambda values, k=1: [values[i] for i in rng.choice(len(values), k, replace=False)]  # noqa: E731
-    (a, b), (c, d) = pick(COCO, 2), pick(COLORS, 2)
-    one = lambda name, color="": with_article(f"{color} {name}".strip())  # noqa: E731
-    m = {"tag": tag, "include": [{"class": a, "count": 1}]}
-    if tag == "single_object":
-        text = one(a)
-    elif tag == "two_object":
-        m["include"].append({"class": b, "count": 1})
-        text = f"{one(a)} and {one(b)}"
-    elif tag == "counting":
-        count = int(rng.integers(2, 5))
-        m = {"tag": tag, "include": [{"class": a, "count": count}], "exclude": [{"class": a, "count": count + 1}]}
-        plural = PLURALS.get(a, a + ("es" if a.endswith(("s", "ch", "sh")) else "s"))
-        text = f"{NUMBERS[count]} {plural}"
-    elif tag == "colors":
-        m["include"][0]["color"] = c
-        text = one(a, c)
-    elif tag == "position":
-        relation = pick(RELATIONS)[0]
-        m["include"].append({"class": b, "count": 1, "position": [relation, 0]})  # the reference object comes first
-        text = f"{one(b)} {relation} {one(a)}"
-    else:
-        m["include"][0]["color"] = c
-        m["include"].append({"class": b, "count": 1, "color": d})
-        text = f"{one(a, c)} and {one(b, d)}"
-    return m | {"prompt": f"{pick(OPENINGS)[0]} {text}"}
+    pick = lambda values, k: rng.choice(values, k, replace=False).tolist()  # noqa: E731
+    names = pick(COCO, 2 if tag in ("two_object", "position", "color_attr") else 1)
+    include = [{"class": name, "count": 1} for name in names]
+    if tag == "counting":
+        include[0]["count"] = int(rng.integers(2, 5))
+    if tag in ("colors", "color_attr"):
+        for need, color in zip(include, pick(COLORS, len(include)), strict=True):
+            need["color"] = color
+    objects, link = [in_words(need) for need in include], " and "
+    if tag == "position":  # the object that the other one stands to comes first
+        include[1]["position"] = [*pick(RELATIONS, 1), 0]
+        objects, link = objects[::-1], f" {include[1]['position'][0]} "
+    openings = "a picture of", "an image of", "a photograph of", "a snapshot of", "a shot of", "a photograph showing"
+    m = {"tag": tag, "include": include, "prompt": f"{pick(openings, 1)[0]} {link.join(objects)}"}
+    return m | {"exclude": [include[0] | {"count": include[0]["count"] + 1}]} if tag == "counting" else m
 
 
-def with_article(name):
-    pair = "a pair of " if name.endswith(("skis", "scissors")) else ""
-    return pair + name if pair else ("an " if name[0] in "aeiou" else "a ") + name
+def in_words(need):
+    """An entry of "include" as a prompt says it: "a red car", "two pairs of scissors"."""
+    count, name = need["count"], f"{need.get('color', '')} {need['class']}".strip()
+    if name.endswith(("skis", "scissors")):
+        name = f"pair{'s' * (count > 1)} of {name}"
+    elif count > 1:
+        plurals = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
+        name = plurals.get(name, name + ("es" if name.endswith(("s", "ch", "sh")) else "s"))
+    return f"{NUMBERS[count] if count > 1 else 'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def parse_args(argv=None):
@@ -1245,23 +1262,17 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=what, allow_abbrev=False)
     p.add_argument("file", type=Path, help="the .jsonl to write")
     p.add_argument("--n", type=int, default=50_000, help="prompts")
-    p.add_argument("--seed", type=int, default=0, help="the same prompts for the same seed")
     p.add_argument("--exclude", type=Path, help="GenEval .jsonl whose content must not come, in whatever words")
     args = p.parse_args(argv)
-    if args.file.suffix != ".jsonl":
-        p.error(f"{args.file}: the name of the file to write ends in .jsonl")
-    if args.n < 1 or args.seed < 0:
-        p.error(f"--n {args.n} --seed {args.seed}: --n must be at least 1, --seed at least 0")
+    if args.n < 1 or args.file.suffix != ".jsonl" or args.file.exists():
+        p.error(f"{args.file} --n {args.n}: a new .jsonl, --n at least 1")
     return args
 
 
 def main(args):
-    if args.file.exists():
-        raise UserError(f"{args.file} exists: give a new name")
     pairs = read_prompts(args.exclude) if args.exclude else []
     check_prompts(pairs, ["geneval"])
-    exclude = [m for _, m in pairs]
-    rows = geneval_prompts(args.n, args.seed, exclude)
+    rows = geneval_prompts(args.n, exclude=[metadata for _, metadata in pairs])
     with models.named_failure(f"cannot write {args.file}"):
         args.file.parent.mkdir(parents=True, exist_ok=True)
         args.file.write_text("".join(json.dumps(row) + "\n" for row in rows))

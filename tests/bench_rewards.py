@@ -67,7 +67,7 @@ def ocr_rec_config():
         [[3, 128, 256, [1, 2], False], *[[5, 256, 256, 1, False]] * 4],
         [[5, 256, 512, [2, 1], True], [5, 512, 512, 1, True], [5, 512, 512, [2, 1], False], [5, 512, 512, 1, False]],
     ]
-    backbone = dict(model_type="pp_lcnet_v3", scale=0.95, block_configs=blocks, out_features=["stage5"])
+    backbone = dict(model_type="pp_lcnet_v3", scale=0.95, divisor=16, block_configs=blocks, out_features=["stage5"])
     return transformers.PPOCRV5MobileRecConfig(backbone_config=backbone)
 
 
@@ -115,14 +115,13 @@ class RandomWeights(rewards.Weights):
         super().__init__(reward_dir)
         self.folder = tempfile.TemporaryDirectory()
 
-    def open(self, cls, folder, **_):
+    def open(self, cls, folder, size=None):
+        if size:
+            return Words(size)
         config = CONFIGS[folder]()
         if cls is not transformers.AutoTokenizer:
             return config
         return Words(config.text_config.vocab_size, {"<|image_pad|>": config.image_token_id})
-
-    def tokenizer(self, cls, folder, size):
-        return Words(size)
 
     def file(self, folder, name):
         file = Path(self.folder.name) / name

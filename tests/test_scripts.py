@@ -408,16 +408,17 @@ BAD = {  # command -> what the one line on standard error must say
     "acdmd.py --model sd35": "--model sd35 needs --prompts FILE",
     "acdmd.py --eta 1.5": "argument --eta: 1.5: must be a finite number, 0 to 1",
     "acdmd.py --batch_size 0": "argument --batch_size: 0: must be at least 1",
-    "acdmd.py --prompts {tmp}/none.txt": "none.txt does not exist",
+    "acdmd.py --prompts {tmp}/none.txt": "none.txt cannot be read as UTF-8 text: [Errno 2] No such file",
     "acdmd.py --prompts {tmp}/empty.txt": "empty.txt holds no prompts",
-    "acdmd.py --prompts {tmp}/list.csv": "unknown ending '.csv'; allowed: .txt, .jsonl, .json",
-    "acdmd.py --prompts {tmp}/torn.jsonl": "torn.jsonl line 2 is not JSON",
-    "acdmd.py --prompts {tmp}/nokey.jsonl": 'nokey.jsonl, entry 1: no "prompt" or "text"',
+    "acdmd.py --prompts {tmp}/list.csv": "list.csv, entry 1: no text under prompt or prompts or text or caption",
+    "acdmd.py --prompts {tmp}/torn.jsonl": "torn.jsonl is torn, or of another format than",
+    "acdmd.py --prompts {tmp}/nokey.jsonl": "nokey.jsonl, entry 1: no text under prompt or",
     "acdmd.py --resolution 50 --steps 1": "resolution 50 does not divide by 16: try 48 or 64",
     "acdmd.py --weights {tmp}/nowhere": "no weights at",
     "acdmd.py --resume {tmp}": "no checkpoint there",
     "rtdmd.py --distilled {tmp}": "has no generator_ema: run acdmd.py first",
     "rtdmd.py --distilled {acdmd} --rewards clipscore=1,beauty=1": "unknown reward 'beauty'; allowed: pickscore, hpsv2",
+    "rtdmd.py --distilled {acdmd} --rewards own.py:f": "reward own.py:f: FileNotFoundError",
     "rtdmd.py --distilled {acdmd} --rewards clipscore=much": "weight 'much' of reward clipscore is no number",
     "rtdmd.py --distilled {acdmd} --group_size 7": "do not split into groups of 7: try --group_size 6",
     "rtdmd.py --distilled {acdmd} --prompts {tmp}/plain.txt": 'has no "tag" and "include", which geneval needs',
@@ -436,8 +437,8 @@ BAD = {  # command -> what the one line on standard error must say
     "sample.py --prompt cat --eval geneval=1": "which geneval needs",
     "acdmd.py --shard both": "invalid choice: 'both' (choose from",
     "acdmd.py --skip_nonfinite -1": "argument --skip_nonfinite: -1: must be at least 0",
-    "acdmd.py --prompts {tmp}": "is a folder",
-    "acdmd.py --prompts {tmp}/latin.txt": "latin.txt cannot be read as UTF-8 text",
+    "acdmd.py --prompts {tmp}": "Is a directory",
+    "acdmd.py --prompts {tmp}/latin.txt": "latin.txt cannot be read as UTF-8 text: 'utf-8' codec",
     "acdmd.py --prompts {tmp}/none.json": "none.json holds no prompts",
     "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {classroom}": "holds a StableDiffusion3Pipeline, and",
     "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {tmp}": "it has no model_index.json",
@@ -471,9 +472,9 @@ BAD = {  # command -> what the one line on standard error must say
     "rewards.py {tmp}/plain.txt/a.jsonl --n 6": "cannot write",
     "rtdmd.py --distilled {acdmd}/..": "/final",
     "rtdmd.py --distilled {acdmd} --prompts {tmp}/dog.jsonl": "prompt 1 ('a dog') has the class 'dog', which geneval's",
-    "rewards.py a.jsonl --n 0": "--n must be at least 1",
-    "rewards.py prompts.txt": "prompts.txt: the name of the file to write ends in .jsonl",
-    "rewards.py {tmp}/dog.jsonl": "dog.jsonl exists: give a new name",
+    "rewards.py a.jsonl --n 0": "a.jsonl --n 0: a new .jsonl, --n at least 1",
+    "rewards.py prompts.txt": "prompts.txt --n 50000: a new .jsonl",
+    "rewards.py {tmp}/dog.jsonl": "dog.jsonl --n 50000: a new .jsonl",
     "rewards.py a.jsonl --exclude {tmp}/plain.txt": 'prompt 1 (\'a cat\') has no "tag" and "include"',
 }
 
@@ -487,9 +488,9 @@ def test_bad_input(command, distilled, tmp_path, monkeypatch, capsys):
         pytest.skip("there is a GPU")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "plain.txt").write_text("a cat\n")
-    (tmp_path / "list.csv").write_text("a cat\n")
+    (tmp_path / "list.csv").write_text("a cat\na dog\n")
     (tmp_path / "torn.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
-    (tmp_path / "nokey.jsonl").write_text('{"caption": "a"}\n')
+    (tmp_path / "nokey.jsonl").write_text('{"label": "a"}\n')
     (tmp_path / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (tmp_path / "none.json").write_text("[]")
     dog = {"prompt": "a dog", "tag": "single_object", "include": [{"class": "dog", "count": 1}]}

@@ -37,6 +37,8 @@ VISION |= dict(image_size=32, layer_norm_eps=1e-6)
 TEXT = dict(vocab_size=64, hidden_size=48, encoder_hidden_size=32, intermediate_size=64, num_hidden_layers=2)
 TEXT |= dict(num_attention_heads=2, max_position_embeddings=40, layer_norm_eps=1e-12)
 
+WIDTHS = 1024, 128, 64, 16, 1  # of the published heads
+
 
 def shrink(setattr=setattr):
     """Make the architectures that are constants in rewards.py as small as the files written here."""
@@ -65,7 +67,7 @@ def write_all(folder):
         AutoTokenizer.from_pretrained(folder / "clip").save_pretrained(folder / "pickscore")
         for name, state in (
             ("hpsv2/HPS_v2.1_compressed.pt", {"state_dict": open_clip_state()}),
-            ("aesthetic/sac+logos+ava1-l14-linearMSE.pth", head_state("layers.", (64, 16, 12, 8, 4, 1))),
+            ("aesthetic/sac+logos+ava1-l14-linearMSE.pth", head_state("layers.", (64, *WIDTHS))),
             ("imagereward/ImageReward.pt", imagereward_state()),
         ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -97,9 +99,9 @@ def head_state(prefix, widths, indices=(0, 2, 4, 6, 7)):
     return state
 
 
-def open_clip_state():
-    """open_clip's keys and shapes for CLIP_CONFIG."""
-    config = clip_config()
+def open_clip_state(config=None):
+    """open_clip's keys and shapes for a CLIPConfig's numbers."""
+    config = config or clip_config()
     state = {"logit_scale": torch.tensor(2.0)}
     for prefix, c in (("visual.", config["vision_config"]), ("", config["text_config"])):
         d, hidden = c["hidden_size"], c["intermediate_size"]
@@ -115,38 +117,51 @@ def open_clip_state():
     state |= norm("visual.ln_pre", d) | norm("visual.ln_post", d)
     c = config["text_config"]
     d = c["hidden_size"]
-    state |= {"token_embedding.weight": normal(c["vocab_size"], d), "text_projection": normal(d, 24)}
+    state |= {
+        "token_embedding.weight": normal(c["vocab_size"], d),
+        "text_projection": normal(d, config["projection_dim"]),
+    }
     state |= {"positional_embedding": normal(c["max_position_embeddings"], d)} | norm("ln_final", d)
     return state
 
 
-def imagereward_state():
-    """ImageReward.pt's keys and shapes for VISION and TEXT."""
-    d, hidden, state = VISION["hidden_size"], VISION["intermediate_size"], {}
+def imagereward_state(vision_config=VISION, text_config=TEXT, projection=16):
+    """ImageReward.pt's keys and shapes."""
+    d, hidden, state = vision_config["hidden_size"], vision_config["intermediate_size"], {}
+    patch = vision_config["patch_size"]
+    tokens = (vision_config["image_size"] // patch) ** 2 + 1
     vision = "blip.visual_encoder."
-    state |= {vision + "cls_token": normal(1, 1, d), vision + "pos_embed": normal(1, 17, d)}
-    state |= {vision + "patch_embed.proj.weight": normal(d, 3, 8, 8), vision + "patch_embed.proj.bias": normal(d)}
-    for i in range(VISION["num_hidden_layers"]):
+    state |= {vision + "cls_token": normal(1, 1, d), vision + "pos_embed": normal(1, tokens, d)}
+    state |= {
+        vision + "patch_embed.proj.weight": normal(d, 3, patch, patch),
+        vision + "patch_embed.proj.bias": normal(d),
+    }
+    for i in range(vision_config["num_hidden_layers"]):
         block = f"{vision}blocks.{i}."
         state |= norm(block + "norm1", d) | norm(block + "norm2", d) | linear(block + "attn.qkv", 3 * d, d)
         state |= linear(block + "attn.proj", d, d) | linear(block + "mlp.fc1", hidden, d)
         state |= linear(block + "mlp.fc2", d, hidden)
     state |= norm(vision + "norm", d)
-    text, e = "blip.text_encoder.", TEXT["hidden_size"]
-    names = ("word_embeddings", TEXT["vocab_size"]), ("position_embeddings", TEXT["max_position_embeddings"])
+    text, e = "blip.text_encoder.", text_config["hidden_size"]
+    names = (
+        ("word_embeddings", text_config["vocab_size"]),
+        ("position_embeddings", text_config["max_position_embeddings"]),
+    )
     state |= {f"{text}embeddings.{name}.weight": normal(n, e) for name, n in names}
     state |= norm(text + "embeddings.LayerNorm", e)
-    state[text + "embeddings.position_ids"] = torch.arange(TEXT["max_position_embeddings"])[None]
-    for i in range(TEXT["num_hidden_layers"]):
+    state[text + "embeddings.position_ids"] = torch.arange(text_config["max_position_embeddings"])[None]
+    for i in range(text_config["num_hidden_layers"]):
         layer = f"{text}encoder.layer.{i}."
         for kind, width in (("attention", e), ("crossattention", d)):
             state |= linear(f"{layer}{kind}.self.query", e, e) | linear(f"{layer}{kind}.output.dense", e, e)
             state |= linear(f"{layer}{kind}.self.key", e, width) | linear(f"{layer}{kind}.self.value", e, width)
             state |= norm(f"{layer}{kind}.output.LayerNorm", e)
-        state |= linear(layer + "intermediate.dense", TEXT["intermediate_size"], e)
-        state |= linear(layer + "output.dense", e, TEXT["intermediate_size"]) | norm(layer + "output.LayerNorm", e)
-    state |= linear("blip.vision_proj", 16, d) | linear("blip.text_proj", 16, e)
-    return state | head_state("mlp.layers.", (e, 16, 12, 8, 4, 1))
+        state |= linear(layer + "intermediate.dense", text_config["intermediate_size"], e)
+        state |= linear(layer + "output.dense", e, text_config["intermediate_size"]) | norm(
+            layer + "output.LayerNorm", e
+        )
+    state |= linear("blip.vision_proj", projection, d) | linear("blip.text_proj", projection, e)
+    return state | head_state("mlp.layers.", (e, *WIDTHS))
 
 
 def linear(name, rows, columns):
@@ -168,6 +183,12 @@ def qwen_tokenizer():
     return tokenizer
 
 
+def qwen2vl_keys(state):
+    """A state dict of Qwen2-VL in the published naming."""
+    old = lambda key: key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")  # noqa: E731
+    return {old(key): value for key, value in state.items()}
+
+
 def write_qwen(folder):
     tokenizer = qwen_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "vision_start", "vision_end")}
@@ -184,12 +205,9 @@ def write_qwen(folder):
     tokenizer.save_pretrained(folder / "qwen2vl")
     config.text_config.vocab_size = len(tokenizer) + 1  # the table ends with <|Reward|>
     model = loud(Qwen2VLForConditionalGeneration(config))
-    state = {}
-    for key, value in model.state_dict().items():  # the published naming
-        key = key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-        state[key] = value.clone().contiguous()
+    state = {key: value.clone() for key, value in qwen2vl_keys(model.state_dict()).items()}
     (folder / "hpsv3").mkdir()
-    state |= head_state("rm_head.", (32, 16, 8, 2), (0, 3, 5))
+    state |= head_state("rm_head.", (32, 1024, 16, 2), (0, 3, 5))
     save_file(state, folder / "hpsv3" / "HPSv3.safetensors")
 
     vision = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, patch_size=16)
