@@ -53,22 +53,7 @@ PRESETS = {  # published settings of each backbone, and measured ones of the cla
 def parse_args(argv=None):
     p = models.parser(__doc__.splitlines()[0])
     add = p.add_argument
-    add("--model", default="classroom", choices=PRESETS, help="backbone; picks the preset that other flags override")
-    add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
-    add("--generator_weights", help="the same for the generator alone (FLUX.2: its step-distilled release)")
-    add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
     add("--prompts", type=models.path, help="a prompt file; the classroom makes its own. Paper: Pick-a-Pic captions")
-    add("--out", type=models.path, default=Path("out/acdmd"), help="run folder")
-    add("--resume", type=models.path, help="run folder or step_NNNNNN folder to go on from")
-    add("--seed", type=at_least(0), default=0, help="covers prompts, noise, k, t, delta and the adapters' weights")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
-    add("--checkpointing", default="auto", choices=["auto", "on", "off"], help="of activations; auto: if memory asks")
-    add("--shard", default="none", choices=models.SHARD_MODES, help="of the frozen base, by FSDP2; hybrid: in a node")
-    add("--offload_frozen", action="store_true", help="the frozen base waits in host memory, block by block")
-    add("--offload_encoders", action="store_true", help="text encoders wait on the CPU while they do not encode")
-    add("--compile", action="store_true", help="torch.compile, block by block")
-    add("--wandb", action="store_true", help="log to Weights & Biases too")
     add("--steps", type=at_least(1), default=5000, help="iterations: fake-score updates")
     add("--batch_size", type=at_least(1), default=9, help="images a process; paper: 9 on each of 8 GPUs")
     add("--lr", type=between(0), default=3e-5, help="learning rate of the generator")
@@ -79,28 +64,13 @@ def parse_args(argv=None):
     add("--guidance_scale", type=between(0), help="classifier-free guidance of the teacher; 1 or less: none")
     add("--eta", type=between(0, 1), default=0.9, help="CPS stochasticity, 0 ODE to 1 full re-noising; paper: 0.9")
     add("--gamma", type=between(0), default=0.01, help="weight of L_cons; paper: 0.01. 0: ablation without it")
-    add(
-        "--delta_max", type=at_least(1), default=200, help="L_cons: largest step back in time, in timesteps; paper: 200"
-    )
-    add(
-        "--consistency_batch", type=at_least(1), help="L_cons on so many samples of each process's batch (default: all)"
-    )
+    add("--delta_max", type=at_least(1), default=200, help="L_cons: largest step back, in timesteps; paper: 200")
+    add("--consistency_batch", type=at_least(1), help="L_cons: on so many images a process (default: all)")
     add("--plain_dmd", action="store_true", help="ablation: match x0_hat of every step at s = 0 (DMD2, App. K)")
     add("--ema_decay", type=between(0, 1), default=0.99, help="paper: 0.99, every iteration")
-    add("--log_every", type=at_least(1), default=10, help="iterations whose log lines share one device sync")
-    add(
-        "--skip_nonfinite",
-        type=at_least(0),
-        default=0,
-        help="gradients in a row that may be not finite and are skipped",
-    )
-    add("--sample_every", type=at_least(0), default=500, help="iterations between sample grids; 0: none")
-    add("--save_every", type=at_least(1), default=500, help="iterations between checkpoints")
-    add("--keep_every", type=at_least(0), default=0, help="checkpoints to keep beside the two newest; 0: none")
-    args = models.parse_with_preset(p, PRESETS, argv)
-    if args.prompts is None and args.model != "classroom":
-        p.error(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .json, .csv or .tsv)")
-    return args
+    models.add_run_flags(p, PRESETS, "out/acdmd", "iterations", every=500)
+    p.set_defaults(log_every=10)
+    return models.parse_with_preset(p, PRESETS, argv)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -542,6 +542,31 @@ def parser(description):
     )
 
 
+def add_run_flags(p, presets, out, unit, every):
+    """The flags of both stages that are no method: which networks, where and how they run, what is written when."""
+    add = p.add_argument_group("the run").add_argument
+    add("--model", default="classroom", choices=presets, help="backbone; picks the preset that other flags override")
+    add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
+    add("--generator_weights", help="the same for the generator alone (FLUX.2: its step-distilled release)")
+    add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
+    add("--out", type=path, default=Path(out), help="run folder")
+    add("--resume", type=path, help="run folder or step_NNNNNN folder to go on from")
+    add("--seed", type=at_least(0), default=0, help="covers every draw and the adapters' first weights")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
+    add("--checkpointing", default="auto", choices=["auto", "on", "off"], help="of activations; auto: if memory asks")
+    add("--shard", default="none", choices=SHARD_MODES, help="of the frozen base, by FSDP2; hybrid: in a node")
+    add("--offload_frozen", action="store_true", help="the frozen base waits in host memory, block by block")
+    add("--offload_encoders", action="store_true", help="text encoders wait on the CPU while they do not encode")
+    add("--compile", action="store_true", help="torch.compile, block by block")
+    add("--skip_nonfinite", type=at_least(0), default=0, help="non-finite gradients in a row that are only skipped")
+    add("--log_every", type=at_least(1), default=1, help=f"{unit} whose log lines share one device sync")
+    add("--sample_every", type=at_least(0), default=every, help=f"{unit} between sample grids; 0: none")
+    add("--save_every", type=at_least(1), default=every, help=f"{unit} between checkpoints")
+    add("--keep_every", type=at_least(0), default=0, help="checkpoints to keep beside the two newest; 0: none")
+    add("--wandb", action="store_true", help="log to Weights & Biases too")
+
+
 def parse_with_preset(p, presets, argv=None):
     """p's arguments with the preset of --model under them; a run that is resumed goes on in its own folder."""
     argv = sys.argv[1:] if argv is None else argv
@@ -549,6 +574,8 @@ def parse_with_preset(p, presets, argv=None):
     p.set_defaults(guidance_scale=BACKBONES[known.model]["guidance"])
     p.set_defaults(**presets[known.model])
     args = p.parse_args(argv)
+    if args.prompts is None and args.model != "classroom":
+        p.error(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .json, .csv or .tsv)")
     if args.resume and args.out == p.get_default("out"):
         args.out = args.resume.parent if (args.resume / "state.pt").is_file() else args.resume
     return args
@@ -888,19 +915,19 @@ def set_up_blocks(backbone, checkpointing, samples, compiled):
 def saved_bytes(backbone):
     """Bytes that a forward of one sample keeps for its backward, weights aside."""
     weights = {p.untyped_storage().data_ptr() for network in backbone.networks() for p in network.parameters()}
-    kept = {}
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     x, cond = torch.randn(1, *backbone.latent_shape, device=backbone.device), backbone.encode([""])
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         v = backbone.velocity("generator", x.requires_grad_(), 0.5, cond)  # the graph must live until all is counted
     del v
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def enable_checkpointing(transformer):
@@ -1202,9 +1229,9 @@ class Run:
         self.file = self.wandb = None
         if self.rank == 0:
             digest = hashlib.sha256(json.dumps(pairs, default=str).encode()).hexdigest()[:16]
-            facts = {"world size": self.world_size, "prompts read": f"{len(pairs)}, sha256 {digest}"}
+            data = {"world size": self.world_size, "prompts read": f"{len(pairs)}, sha256 {digest}"}
             with named_failure(f"cannot write to --out {self.args.out}"):
-                self.open_log(json.loads(json.dumps(vars(self.args), default=str)) | facts)
+                self.open_log(json.loads(json.dumps(vars(self.args), default=str)) | data)
 
     def open_log(self, settings):
         """args.json and log.jsonl; rows and checkpoints beyond the step that the run goes on from are dropped."""
@@ -1248,7 +1275,7 @@ class Run:
             self.since += time.perf_counter() - paused  # grids and checkpoints are no part of the training's pace
             self.bar.update()
             if stopped:
-                return self.say_stopped(done)
+                return self.print_stopped(done)
         self.save(self.total, final=True)
         self.close(f"done: {self.args.out}/final")
 
@@ -1256,10 +1283,10 @@ class Run:
         """True if a stop was asked for within step `step`, of which nothing is learned yet: its draws come back."""
         if self.stop.agreed(self.world_size):
             self.save(step)
-            self.say_stopped(step)
+            self.print_stopped(step)
         return self.stop.asked
 
-    def say_stopped(self, step):
+    def print_stopped(self, step):
         go_on = f"go on with the same command and --resume {self.args.out}"
         self.close(f"\nstopped after {self.count.removesuffix('s')} {step}; {go_on}")
 
@@ -1274,7 +1301,7 @@ class Run:
     def log(self, step, row):
         """row: {name: number or scalar on the device}; written --log_every steps together, in one device sync."""
         self.rows.append((step + 1, {k: v.detach() if torch.is_tensor(v) else v for k, v in row.items()}))
-        if (step + 1) % vars(self.args).get("log_every", 1) == 0:
+        if (step + 1) % self.args.log_every == 0:
             self.write_rows()
 
     def write_rows(self):
@@ -1302,8 +1329,8 @@ class Run:
             # what follows from others, as the generator's loss from a broken fake score, is not the one to name
             cause = min(bad, key=lambda name: ("generator" in name, not name.startswith("loss")))
             times = f", {self.in_a_row} times in a row," if self.in_a_row > 1 else ""
-            kept = f"nothing was saved from here on. Checkpoints: {self.args.out}/step_*"
-            raise SystemExit(f"step {step}: {cause}{times} is not finite; {kept}")
+            after = f"nothing was saved from here on. Checkpoints: {self.args.out}/step_*"
+            raise SystemExit(f"step {step}: {cause}{times} is not finite; {after}")
         for name in bad:
             del row[name]
 

@@ -216,6 +216,28 @@ class Clip(nn.Module):
         return torch.stack([self.cache[p] for p in prompts]).to(device)
 
 
+@torch.no_grad()
+def clip_features(clip, images):
+    """[B, D] float64: CLIP's pooled image features, before the projection, of pictures resized as for clipscore."""
+    pixels = torch.from_numpy(eight_bits(images)).to(images.device).permute(0, 3, 1, 2).float() / 255
+    pixels = normalize(resize_and_crop(pixels, clip.size, "bilinear"))
+    return clip.model.vision_model(pixel_values=pixels).pooler_output.double().cpu().numpy()
+
+
+def frechet_distance(a, b):
+    """Distance between the Gaussians of two sets of features [N, D], [M, D] (FID's formula, arXiv 1706.08500).
+
+        |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
+
+    It shrinks a little as N and M grow: compare at one N.
+    """
+    gap, C_a, C_b = a.mean(0) - b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(C_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ C_b @ root).clip(0)).sum()  # (C_a C_b)^(1/2) has this trace
+    return float(gap @ gap + np.trace(C_a) + np.trace(C_b) - 2 * cross)
+
+
 class CLIPScore(nn.Module):
     """Cosine of CLIP L/14's image and text embeddings, .28 to .32 (up to 1 with the classroom's CLIP).
 

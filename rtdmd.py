@@ -72,32 +72,12 @@ WEAK_TASKS = {"counting": 2, "two_object": 2, "position": 2, "color_attr": 2}
 def parse_args(argv=None):
     p = models.parser(__doc__.splitlines()[0])
     add = p.add_argument
-    add("--model", default="classroom", choices=PRESETS, help="backbone; picks the preset that other flags override")
-    add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
-    add("--generator_weights", help="the same for the generator alone (FLUX.2: its step-distilled release)")
-    add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
     add("--distilled", type=models.path, help="stage 1's final/ folder: its generator_ema and fake adapters")
     add("--prompts", type=models.path, help="prompt file, for geneval with its metadata; the classroom makes its own")
-    add(
-        "--rewards",
-        type=rewards.parse_weights,
-        default=PUBLISHED,
-        help="name=weight,...; the differentiable ones also back-propagate",
-    )
+    add("--rewards", type=rewards.parse_weights, default=PUBLISHED, help="name=weight,... or own.py:function=weight")
     add("--reward_dir", type=models.path, help="folder with reward weights that are not taken from the hub")
     add("--reward_batch_size", type=at_least(1), help="images a scorer takes at once (default: --batch_size)")
     add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
-    add("--out", type=models.path, default=Path("out/rtdmd"), help="run folder")
-    add("--resume", type=models.path, help="run folder or step_NNNNNN folder to go on from")
-    add("--seed", type=at_least(0), default=0, help="covers prompts, noise, chosen steps and the adapters' weights")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
-    add("--checkpointing", default="auto", choices=["auto", "on", "off"], help="of activations; auto: if memory asks")
-    add("--shard", default="none", choices=models.SHARD_MODES, help="of the frozen base, by FSDP2; hybrid: in a node")
-    add("--offload_frozen", action="store_true", help="the frozen base waits in host memory, block by block")
-    add("--offload_encoders", action="store_true", help="text encoders wait on the CPU while they do not encode")
-    add("--compile", action="store_true", help="torch.compile, block by block")
-    add("--wandb", action="store_true", help="log to Weights & Biases too")
     add("--epochs", type=at_least(1), default=1000, help="sample, score, one optimiser step of each network")
     add("--group_size", type=at_least(1), default=24, help="K, images per prompt; paper: 16 or 24")
     add("--batch_size", type=at_least(1), default=9, help="images of a micro-batch")
@@ -105,47 +85,22 @@ def parse_args(argv=None):
     add("--lr", type=between(0), default=3e-6, help="learning rate of the generator (weight decay 1e-4)")
     add("--lr_fake", type=between(0), default=3e-5, help="learning rate of the fake score")
     add("--lr_decay", type=between(0, 1), default=0.0, help="share of the run over which both fall to 0; paper: 0")
-    add(
-        "--init_std",
-        type=between(0),
-        default=1.0,
-        help="std of the fresh adapters' A; the published rates belong to 1",
-    )
+    add("--init_std", type=between(0), default=1.0, help="std of the fresh adapters' A; the published rates need 1")
     add("--guidance_scale", type=between(0), help="classifier-free guidance of the teacher; 1 or less: none")
     add("--eta", type=between(0, 1), default=0.9, help="CPS stochasticity, above 0; paper: 0.9")
     add("--n_chosen", type=int, default=2, choices=[1, 2, 3], help="SubGRPO: trained stochastic steps; 3: ablation")
     add("--clip_range", type=between(0), default=1e-5, help="of the policy ratio; paper: 1e-5")
     add("--policy_weight", type=between(0), default=1.0, help="weight of the policy gradient; 0: ablation")
     add("--dm_weight", type=between(0), default=1e-3, help="weight of L_G; paper: 1e-3; 0: ablation without leash")
-    add(
-        "--bp_weight",
-        type=between(0),
-        default=1e-4,
-        help="weight of reward back-propagation; paper: 1e-4; 0: ablation",
-    )
+    add("--bp_weight", type=between(0), default=1e-4, help="weight of reward back-propagation; paper: 1e-4")
     add("--reward_margin", type=between(-math.inf), default=3.0, help="of mean(relu(margin - R)); paper: 3")
     add("--gamma", type=between(0), default=0.01, help="weight of L_cons in L_fake; paper: 0.01")
-    add("--consistency_batch", type=at_least(1), help="L_cons on so many samples of each micro-batch (default: all)")
-    add(
-        "--ema_every",
-        type=at_least(1),
-        default=8,
-        help="optimiser steps between EMA updates; paper: 8, decay at most 0.9",
-    )
-    add(
-        "--skip_nonfinite",
-        type=at_least(0),
-        default=0,
-        help="gradients in a row that may be not finite and are skipped",
-    )
-    add("--sample_every", type=at_least(0), default=100, help="epochs between sample grids; 0: none")
-    add("--save_every", type=at_least(1), default=50, help="epochs between checkpoints")
-    add("--keep_every", type=at_least(0), default=0, help="checkpoints to keep beside the two newest; 0: none")
+    add("--consistency_batch", type=at_least(1), help="L_cons: on so many images of a micro-batch (default: all)")
+    add("--ema_every", type=at_least(1), default=8, help="optimiser steps between EMA updates (decay .9); paper: 8")
+    models.add_run_flags(p, PRESETS, "out/rtdmd", "epochs", every=100)
     args = models.parse_with_preset(p, PRESETS, argv)
     if args.eta == 0:
         p.error("--eta 0: the policy gradient needs noise; allowed is above 0 to 1, the paper uses 0.9")
-    if args.prompts is None and args.model != "classroom":
-        p.error(f"--model {args.model} needs --prompts FILE (.jsonl with GenEval metadata, or another prompt file)")
     if args.distilled is None:
         p.error("--distilled DIR is missing: the final/ folder of an acdmd.py run")
     for name in ("generator_ema", "fake"):
@@ -184,8 +139,8 @@ def has_signal(rewards, weights):
 
     NOTE(paper): the release looks for advantages of exactly 0, which standardising over the whole batch leaves nowhere.
     """
-    told = [(r.amax(1) > r.amin(1)) | (r.shape[1] == 1) for name, r in rewards.items() if weights[name]]
-    return torch.stack(told).any(0)
+    differs = [(r.amax(1) > r.amin(1)) | (r.shape[1] == 1) for name, r in rewards.items() if weights[name]]
+    return torch.stack(differs).any(0)
 
 
 def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advantage=5.0):

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from sample import bootstrap_error, generate  # noqa: E402
 
 COLUMNS = {"geneval_strict": 1.0, "geneval": 1.0, "clipscore": 1.0}
 HEAD = ["GenEval strict", "GenEval graded", "CLIPScore"]
+DISTANCES = ["FD", "colour TV", "cell TV"]
 # folder: the stage, its flag, and what is missing then
 ABLATIONS = {
     "no_consistency": ("acdmd.py", "--gamma 0", "no consistency term"),
@@ -120,30 +122,74 @@ def run_stage(script, args, folder, *flags):
 # comparison
 
 
-def evaluate(backbone, scorers, metadata, name, role, sigmas, eta, guidance_scale):
-    """One row of the table: scores of every prompt, time, and how varied the pictures are."""
-    prompts = [m["prompt"] for m in metadata]
+def evaluate(scorers, metadata, name, nfe, draw):
+    """One row of the table: scores of every prompt, time, how varied the pictures are, and how they are distributed.
+
+    draw(metadata, seed) makes a picture [3, 64, 64] of each caption, [N, 3, 64, 64] in [0, 1].
+    """
     start = time.perf_counter()
-    images = generate(backbone, prompts, sigmas, eta, guidance_scale, seed=1, batch_size=60, role=role)
-    ms = 1000 * (time.perf_counter() - start) / len(prompts)
-    scores = {k: v.numpy() for k, v in scorers.score(images, prompts, metadata).items()}
-    nfe = (len(sigmas) - 1) * backbone.passes(guidance_scale)
-    entropy = color_entropy(images, metadata)
+    images = draw(metadata, 1)
+    ms = 1000 * (time.perf_counter() - start) / len(metadata)
+    scores = {k: v.numpy() for k, v in scorers.score(images, [m["prompt"] for m in metadata], metadata).items()}
     few = shapes.sample_prompts(24, 3, "heldout")
-    many = [m["prompt"] for m in few for _ in range(8)]
-    groups = generate(backbone, many, sigmas, eta, guidance_scale, seed=2, batch_size=64, role=role).reshape(24, 8, -1)
+    groups = draw([m for m in few for _ in range(8)], 2).reshape(24, 8, -1)
     spread = torch.stack([torch.pdist(g).mean() / math.sqrt(g.shape[1]) for g in groups]).mean().item()
-    facts = {"name": name, "nfe": nfe, "ms": ms, "spread": spread, "entropy": entropy}
-    return {**facts, "scores": scores, "images": images}
+    row = {"name": name, "nfe": nfe, "ms": ms, "spread": spread, "scores": scores, "images": images}
+    return row | distribution(images, metadata)
 
 
-def color_entropy(images, metadata):
-    """Entropy, in units of its maximum, of the colours found where the prompt leaves them open."""
-    free = [i for i, m in enumerate(metadata) if not any("color" in need for need in m["include"])]
-    pixels = (images[free] * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    found = [d["color"] for objects in shapes.detect(pixels) for d in objects if d["score"] > 0.3]
-    p = np.array([found.count(c) for c in shapes.COLORS]) / max(1, len(found))
-    return float(-(p[p > 0] * np.log(p[p > 0])).sum() / math.log(len(shapes.COLORS)))
+def sampler(backbone, name, role, sigmas, eta=0.9, guidance_scale=1.0):
+    """(name, NFE, draw) of a way to sample, as `evaluate` takes them."""
+
+    def draw(metadata, seed):
+        prompts = [m["prompt"] for m in metadata]
+        return generate(backbone, prompts, sigmas, eta, guidance_scale, seed, batch_size=60, role=role)
+
+    return name, (len(sigmas) - 1) * backbone.passes(guidance_scale), draw
+
+
+@cache
+def clip():
+    return rewards.Weights(models.CLASSROOM).clip()
+
+
+def distribution(images, metadata):
+    """What tells distributions of pictures apart: CLIP features [N, 128], and how many objects of each picture have
+    each colour [N, 5], where its caption leaves the colour open, and lie in each cell [N, 16]."""
+    colors, cells = np.zeros((len(images), len(shapes.COLORS))), np.zeros((len(images), shapes.GRID**2))
+    for i, objects in enumerate(shapes.detect(rewards.eight_bits(images))):
+        is_open = not any("color" in need for need in metadata[i]["include"])
+        for d in objects:
+            if d["score"] > 0.3:
+                x, y = ((d["box"][a] + d["box"][a + 2]) / 2 // shapes.CELL for a in (0, 1))
+                cells[i, int(y) * shapes.GRID + int(x)] += 1
+                colors[i, list(shapes.COLORS).index(d["color"])] += is_open
+    features = np.concatenate([rewards.clip_features(clip(), part) for part in images.split(100)])
+    return {"features": features, "colors": colors, "cells": cells}
+
+
+def real_scenes(metadata, seed):
+    """Pictures [N, 3, 64, 64] in [0, 1] drawn from the captions themselves: the distribution that is aimed at."""
+    rng = np.random.default_rng(seed)
+    drawn = shapes.render([shapes.scene(m, rng) for m in metadata], rng)
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
+
+
+def distances(row, real, picks=slice(None)):
+    """[Fréchet distance, total variation of open colours, of cells] between a row's pictures and real ones.
+
+    Total variation is half the sum of the differences between two sets of shares: 0 for the same, 1 for no overlap.
+    """
+    share = lambda counts: counts.sum(0) / max(1, counts.sum())  # noqa: E731
+    tv = [np.abs(share(row[k][picks]) - share(real[k])).sum() / 2 for k in ("colors", "cells")]
+    return np.array([rewards.frechet_distance(row["features"][picks], real["features"]), *tv])
+
+
+def distance_difference(a, b, real, n=100):
+    """distances of a minus those of b (0 if None), and standard errors by bootstrap over prompts, the same for both."""
+    gap = lambda picks: distances(a, real, picks) - (distances(b, real, picks) if b else 0)  # noqa: E731
+    picks = np.random.default_rng(0).integers(len(a["colors"]), size=(n, len(a["colors"])))
+    return gap(slice(None)), np.std([gap(p) for p in picks], axis=0)
 
 
 def difference(a, b, column):
@@ -155,22 +201,26 @@ def difference(a, b, column):
 def score_table(rows, metadata):
     """Lines of a markdown table, one row a sampler."""
     tags = np.array([m["tag"] for m in metadata])
-    head = ["sampler", "NFE", *HEAD, *shapes.TASKS, "diversity", "colour entropy", "ms/image"]
+    head = ["sampler", "NFE", *HEAD, *DISTANCES, *shapes.TASKS, "diversity", "ms/image"]
+    real = distribution(real_scenes(metadata, 5), metadata)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["name"], str(row["nfe"])]
         cells += [f"{row['scores'][c].mean():.3f} ± {bootstrap_error(row['scores'][c]):.3f}" for c in COLUMNS]
+        gaps = distance_difference(row, None, real)
+        cells += [f"{d:.{k}f} ± {e:.{k}f}" for d, e, k in zip(*gaps, (2, 3, 3), strict=True)]
         cells += [f"{row['scores']['geneval_strict'][tags == t].mean():.2f}" for t in shapes.TASKS]
-        cells += [f"{row['spread']:.3f}", f"{row['entropy']:.2f}", f"{row['ms']:.1f}"]
+        cells += [f"{row['spread']:.3f}", f"{row['ms']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def difference_table(pairs):
+def difference_table(pairs, metadata):
     """Lines of a markdown table of paired differences. pairs: [(label, row, row to subtract)]"""
-    lines = ["| paired difference | " + " | ".join(HEAD) + " |", "|" + "---|" * 4]
+    real = distribution(real_scenes(metadata, 5), metadata)
+    lines = ["| paired difference | " + " | ".join([*HEAD, *DISTANCES]) + " |", "|" + "---|" * 7]
     for label, a, b in pairs:
-        gaps = [difference(a, b, c) for c in COLUMNS]
+        gaps = [difference(a, b, c) for c in COLUMNS] + list(zip(*distance_difference(a, b, real), strict=True))
         lines.append(f"| {label} | " + " | ".join(f"{m:+.3f} ± {e:.3f}" for m, e in gaps) + " |")
     return lines
 
@@ -178,11 +228,14 @@ def difference_table(pairs):
 def write_report(rows, metadata, args, curves):
     lines = [f"# Teacher, AC-DMD, RTDMD: {len(metadata)} held-out prompts, same seeds", ""]
     lines += score_table(rows, metadata)
-    lines += ["", "± is the standard error by bootstrap over prompts; task columns are strict. Diversity: mean pixel"]
-    lines += ["distance of 8 pictures of one prompt. Colour entropy: of colours the prompt leaves open, 1 is uniform."]
+    n = len(metadata)
+    lines += ["", "± is the standard error by bootstrap over prompts; task columns are strict. FD: Fréchet distance of"]
+    lines += [f"the classroom CLIP's pooled image features, {n} pictures to {n} real scenes of the same captions."]
+    lines += ["Colour TV: total variation of the colours that captions leave open; cell TV: of the objects' places."]
+    lines += ["Diversity: mean pixel distance of 8 pictures of one prompt."]
     by_name = {row["name"].split(",")[0]: row for row in rows}
     pairs = (("AC-DMD", "teacher 4 CPS steps"), ("RTDMD", "AC-DMD"), ("RTDMD", "teacher 28 steps guided"))
-    lines += ["", *difference_table([(f"{a} − {b}", by_name[a], by_name[b]) for a, b in pairs])]
+    lines += ["", *difference_table([(f"{a} − {b}", by_name[a], by_name[b]) for a, b in pairs], metadata)]
     lines += ["", "samples.png: a green frame where the judge finds the prompt fulfilled (strict), else a red one."]
     drawn = "curves.png: thin lines the values, within their 1% and 99% quantiles; thick ones running means."
     lines += [drawn if curves else "No curves: the adapters came without a log, or with one of fewer than two lines."]
@@ -197,13 +250,18 @@ def write_ablations(rows, metadata, args):
     for script, flag, missing in ABLATIONS.values():
         full = "AC-DMD" if script == "acdmd.py" else "RTDMD"
         pairs.append((f"{full} `{flag}`: {missing}", by_name[f"{full}, {missing}"], by_name[full]))
-    lines += ["", "Without the part, minus the full method; one training run each:", "", *difference_table(pairs)]
+    lines += [
+        "",
+        "Without the part, minus the full method; one training run each:",
+        "",
+        *difference_table(pairs, metadata),
+    ]
     write_table(args.out / "ablations", lines, rows)
 
 
 def write_table(path, lines, rows):
     """path.md, the lines; path.json, every prompt's scores."""
-    flat = [{k: v for k, v in row.items() if k != "images"} for row in rows]
+    flat = [{k: row[k] for k in ("name", "nfe", "ms", "spread", "scores")} for row in rows]
     for row in flat:
         row["scores"] = {c: v.tolist() for c, v in row["scores"].items()}
     path.with_suffix(".json").write_text(json.dumps(flat) + "\n")
@@ -280,7 +338,7 @@ def draw_curves(runs, path, width=420, height=230):
 STAGE_1 = [f"loss/ac_k{k}" for k in (1, 2, 3, 4)] + [f"loss/generator_k{k}" for k in (1, 4)]
 STAGE_1 += ["loss/cons", "grad_norm/generator"]
 STAGE_2 = ["reward/geneval_strict", "reward/geneval", "reward/clipscore", "loss/dm", "loss/ac"]
-STAGE_2 += ["grad_norm/policy", "grad_x0/dm", "grad_x0/bp"]
+STAGE_2 += ["grad_norm/generator", "grad_x0/dm", "grad_x0/bp"]
 
 
 def load_adapters(folders):
@@ -299,14 +357,15 @@ def report(args):
     metadata = shapes.sample_prompts(args.n_prompts, 0, "heldout")
     few, many, guidance = backbone.sigmas(), backbone.sigmas(28), models.BACKBONES["classroom"]["guidance"]
     samplers = [
-        ("teacher 28 steps guided", "teacher", many, 0.0, guidance),
-        ("teacher 4 Euler steps", "teacher", few, 0.0, 1.0),
-        ("teacher 4 CPS steps", "teacher", few, 0.9, 1.0),
-        ("AC-DMD, 4 CPS steps", "acdmd", few, 0.9, 1.0),
-        ("RTDMD, 4 CPS steps", "rtdmd", few, 0.9, 1.0),
+        ("real scenes, another draw", 0, real_scenes),
+        sampler(backbone, "teacher 28 steps guided", "teacher", many, 0.0, guidance),
+        sampler(backbone, "teacher 4 Euler steps", "teacher", few, 0.0),
+        sampler(backbone, "teacher 4 CPS steps", "teacher", few),
+        sampler(backbone, "AC-DMD, 4 CPS steps", "acdmd", few),
+        sampler(backbone, "RTDMD, 4 CPS steps", "rtdmd", few),
     ]
-    rows = [evaluate(backbone, scorers, metadata, *sampler) for sampler in samplers]
-    draw_samples([r for r in rows if "Euler" not in r["name"]], metadata, args.out / "samples.png")
+    rows = [evaluate(scorers, metadata, *columns) for columns in samplers]
+    draw_samples([r for r in rows[1:] if "Euler" not in r["name"]], metadata, args.out / "samples.png")
     logs = [("AC-DMD", args.distilled.parent / "log.jsonl", STAGE_1), ("RTDMD", args.rl.parent / "log.jsonl", STAGE_2)]
     curves = draw_curves(logs, args.out / "curves.png")
     write_report(rows, metadata, args, curves)
@@ -337,7 +396,7 @@ def ablations(args):
     backbone, scorers = load_adapters(folders)
     backbone.roles |= roles
     metadata = shapes.sample_prompts(args.n_prompts, 0, "heldout")
-    rows = [evaluate(backbone, scorers, metadata, role, role, backbone.sigmas(), 0.9, 1.0) for role in roles]
+    rows = [evaluate(scorers, metadata, *sampler(backbone, role, role, backbone.sigmas())) for role in roles]
     write_ablations(rows, metadata, args)
     return ["ablations.md"]
 

@@ -42,11 +42,11 @@ TEXT = {"sd3": 205, "flux1": 512, "flux2": 512}  # tokens; SD3: 77 of CLIP and 1
 
 def random_backbone(model, device, dtype, resolution=None):
     """models.Backbone of a published architecture with random weights, and dummy embeddings of one prompt."""
-    facts = models.BACKBONES[model]
-    family = facts["family"]
+    spec = models.BACKBONES[model]
+    family = spec["family"]
     cls = getattr(diffusers, family.network_class)
     with torch.device("meta"):
-        networks = [cls(**PUBLISHED[model]) for _ in range(2 if "student" in facts else 1)]
+        networks = [cls(**PUBLISHED[model]) for _ in range(2 if "student" in spec else 1)]
     for i, network in enumerate(networks):
         networks[i] = network.to(dtype).to_empty(device=device)
         for name, p in networks[i].named_parameters():
@@ -75,7 +75,7 @@ def random_backbone(model, device, dtype, resolution=None):
     pipe = SimpleNamespace(**{n: getattr(pipeline, n) for n in [*names, "_unpatchify_latents"] if hasattr(pipeline, n)})
     pipe.transformer, pipe.vae, pipe.scheduler, pipe.vae_scale_factor = networks[0], vae.to(dtype), scheduler, 8
     student = networks[1] if len(networks) > 1 else None
-    backbone = family(pipe, resolution or facts["resolution"], facts["text_tokens"], device, dtype, student)
+    backbone = family(pipe, resolution or spec["resolution"], spec["text_tokens"], device, dtype, student)
     models.shard(backbone)
     config = networks[0].config
     cond = {"encoder_hidden_states": torch.randn(TEXT[family.family], config.joint_attention_dim)}
@@ -109,9 +109,9 @@ def main(args):
         backbone = models.load(args.model, device=device, dtype=dtype, resolution=args.resolution)
     one = acdmd.parse_args(["--model", args.model, "--prompts", __file__][: 2 if args.model == "classroom" else 4])
     n = args.batch_size or one.batch_size
-    home = {"generator": backbone.student, "fake": backbone.transformer}
+    networks = {"generator": backbone.student, "fake": backbone.transformer}
     optimizers = {}
-    for name, network in home.items():
+    for name, network in networks.items():
         parameters = models.add_adapter(network, name, 32, 64, generator=models.seeded(name))
         optimizers[name] = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
         backbone.roles[name] = (name,)

@@ -81,9 +81,9 @@ def log_prob(x, p, want):
 def ppo(x, p, want):
     v, j = x["v"].requires_grad_(), p.step
     logp = cps_log_prob(x["x_next"], x["x"], v, p.sigmas[j], p.sigmas[j + 1], p.eta)
-    assert (p.clip_range, p.adv_clip) == (1e-5, 5)  # the defaults
-    loss = rtdmd.policy_loss(logp, x["logp_old"], x["advantage"])
-    ratio = rtdmd.policy_loss(logp, x["logp_old"], -torch.ones(8), clip_range=1e3)  # unclipped, A = -1: the mean ratio
+    loss = rtdmd.policy_loss(logp, x["logp_old"], x["advantage"], p.clip_range, p.adv_clip)
+    minus_one = -torch.ones_like(x["advantage"])
+    ratio = rtdmd.policy_loss(logp, x["logp_old"], minus_one, clip_range=1e3)  # unclipped: the mean ratio
     return {"logp": logp, "loss": loss, "ratio_mean": ratio, "grad_v": torch.autograd.grad(loss, v)[0]}
 
 
@@ -145,22 +145,26 @@ class ToyVAE(torch.nn.Module):
         return SimpleNamespace(sample=torch.einsum("ij,bjhw->bihw", self.W, z) + self.c)
 
 
-def tiny_sd3(topic, prefix, vae=None, roles=("generator", "fake")):
-    """models.SD3 around a tiny transformer with the golden base and LoRA weights of this prefix."""
+def weights(topic, name):
+    """State dict of one weight set of a topic's file."""
+    start = f"weights/{name}/"
+    return {key.removeprefix(start): value for key, value in tensors(topic).items() if key.startswith(start)}
 
-    def weights(name):
-        start = f"weights/{prefix}{name}/"
-        return {key.removeprefix(start): value for key, value in tensors(topic).items() if key.startswith(start)}
 
-    config = TOPICS[topic]["sd3_config"]
+def tiny_sd3(topic, p, vae=None, roles=("generator", "fake")):
+    """models.SD3 around a tiny transformer with the golden weights of a case: base and, for roles, LoRA."""
+    names = [vars(p).get("weights", "").removeprefix("weights/"), f"{p.case}_base", "sd3_base", "sd3"]
+    base = next(name for name in names if name and weights(topic, name))
+    config = TOPICS[topic]["sd3_config"] | vars(p).get("config_overrides", {})
     transformer = SD3Transformer2DModel(**config)
-    transformer.load_state_dict(weights("_base" if roles else ""))
+    transformer.load_state_dict(weights(topic, base))
     pipe = SimpleNamespace(transformer=transformer, vae=vae or torch.nn.Identity(), scheduler=None, vae_scale_factor=1)
     backbone = models.SD3(pipe, resolution=config["sample_size"], text_tokens=0)
     for role in roles:
-        models.add_adapter(transformer, role, rank=2, alpha=4)
+        models.add_adapter(transformer, role, p.lora_rank, p.lora_alpha)
         backbone.roles[role] = (role,)
-        parameters, golden = lora_tensors(backbone, role), weights(f"_{role}_lora")
+        parameters = lora_tensors(backbone, role)
+        golden = weights(topic, f"{base.removesuffix('_base')}_{role}_lora")
         assert parameters.keys() == golden.keys()
         for name, parameter in parameters.items():
             parameter.data.copy_(golden[name])
@@ -197,13 +201,14 @@ def norm(grads):
 
 def predict(x, p, want):
     if "vae_latents" in want:
-        backbone = tiny_flux(SimpleNamespace(family="flux2", weights="weights/flux2"))
+        params = (case.get("params", {}) for case in TOPICS["predict"]["cases"])
+        backbone = tiny_flux(SimpleNamespace(**next(q for q in params if q.get("family") == "flux2")))
         mean, var = torch.zeros(x["x"].shape[1]), torch.ones(x["x"].shape[1])  # of a VAE that leaves the numbers alone
         bn, config = SimpleNamespace(running_mean=mean, running_var=var), SimpleNamespace(batch_norm_eps=0.0)
         backbone.vae = SimpleNamespace(bn=bn, config=config)
         return {"vae_latents": backbone.vae_latents(x["x"])}
     if p.family == "sd3":
-        backbone = tiny_sd3("predict", "sd3", roles=())
+        backbone = tiny_sd3("predict", p, roles=())
         return {"v": predictor(backbone, x, "teacher", guidance=p.guidance)(x["x"], x["t"] / 1000)}
     backbone = tiny_flux(p)
     handed = []
@@ -230,11 +235,10 @@ def tiny_flux(p):
         "flux1": (models.Flux1, FluxTransformer2DModel, FluxPipeline),
         "flux2": (models.Flux2, Flux2Transformer2DModel, Flux2KleinPipeline),
     }[p.family]
-    extra = {"guidance_embeds": p.guidance_embeds} if p.family == "flux1" else {}
-    transformer = network(**TOPICS["predict"][f"{p.family}_config"], **extra)
-    start = p.weights + "/"
-    state = {key.removeprefix(start): v for key, v in tensors("predict").items() if key.startswith(start)}
-    transformer.load_state_dict(state)
+    config = TOPICS["predict"][f"{p.family}_config"] | vars(p).get("config_overrides", {})
+    config |= {"guidance_embeds": p.guidance_embeds} if p.family == "flux1" else {}
+    transformer = network(**config)
+    transformer.load_state_dict(weights("predict", p.weights.removeprefix("weights/")))
     names = "_pack_latents _unpack_latents _unpatchify_latents _prepare_latent_image_ids _prepare_latent_ids".split()
     names.append("_prepare_text_ids")
     pipe = SimpleNamespace(**{name: getattr(pipeline, name) for name in names if hasattr(pipeline, name)})
@@ -275,7 +279,7 @@ def fake_loss(x, p, want):
         parameters, x_s = {"M": x["M"].requires_grad_(), "b": x["b"].requires_grad_()}, x["x_s"]
         predict = toy(**parameters)
     else:
-        backbone = tiny_sd3("fake_loss", "sd3")
+        backbone = tiny_sd3("fake_loss", p)
         parameters, predict = lora_tensors(backbone, "fake"), predictor(backbone, x, "fake")
         x_s = rollout(predictor(backbone, x, "generator"), x, p).detach()
     got = fake_losses(acdmd, x_s, p.s, x, p, predict) | ({"x_s": x_s} if "x_s" in want else {})
@@ -308,7 +312,7 @@ def generator_loss(x, p, want):
         got = generator_losses(acdmd, x["x_s"].requires_grad_(), p.s, x, p, *networks)
         del got["v_teacher"], got["v_fake"]
         return got | {"grad_x_s": torch.autograd.grad(got["loss"], x["x_s"])[0]}
-    backbone = tiny_sd3("generator_loss", "sd3")
+    backbone = tiny_sd3("generator_loss", p)
     x_s = rollout(predictor(backbone, x, "generator"), x, p)
     networks = predictor(backbone, x, "teacher", guidance=p.guidance), predictor(backbone, x, "fake")
     got = generator_losses(acdmd, x_s, p.s, x, p, *networks) | {"x_s": x_s}
@@ -317,7 +321,7 @@ def generator_loss(x, p, want):
 
 
 def stage2_epoch(x, p, want):
-    backbone = tiny_sd3("stage2_epoch", "epoch0", ToyVAE(x["vae_W"], x["vae_c"]))
+    backbone = tiny_sd3("stage2_epoch", p, ToyVAE(x["vae_W"], x["vae_c"]))
     got = sampled(x, p, backbone) | advantages(x, p, want)
     draws = {name.removeprefix("fake_"): value for name, value in x.items() if name.startswith("fake_")}
     fake = fake_losses(rtdmd, want["latents"][:, -1], 0.0, draws, p, predictor(backbone, x, "fake"))
@@ -378,7 +382,8 @@ CASES = [case for topic in FORMULAS for case in TOPICS[topic]["cases"]]
 def test_golden(case):
     topic = case["id"].split("/")[0]
     x, want = ({name: tensors(topic)[key].clone() for name, key in case[io].items()} for io in ("inputs", "expected"))
-    got = FORMULAS[topic](x, SimpleNamespace(**case.get("params", {})), want)
+    p = SimpleNamespace(**case.get("params", {}), case=case["id"].split("/")[1])
+    got = FORMULAS[topic](x, p, want)
     off, special = {}, case.get("tolerance_by", {})
     assert got.keys() == want.keys()
     for name, expected in want.items():

@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,12 +19,12 @@ import models
 import rewards
 import rtdmd
 import sample
-from classroom import demo
+from classroom import demo, shapes
 
 ROOT = Path(__file__).parent.parent
 SMALL_1 = "--batch_size 4 --consistency_batch 2 --rank 4 --log_every 1 --sample_every 0 --fake_update_ratio 2".split()
 SMALL_2 = "--batch_size 4 --batches 2 --group_size 4 --consistency_batch 2 --sample_every 0 --ema_every 2".split()
-VOLATILE = ("images_per_s", "sampling_share", "seconds", "peak_gb", "mfu")
+VOLATILE = ("images_per_s", "seconds", "peak_gb", "mfu")
 
 
 def stage_1(out, *flags):
@@ -372,15 +373,30 @@ def test_curves_are_drawn_of_what_there_is(tmp_path):
         assert demo.draw_curves([("run", file, ["a", "b"])], png) == png.is_file() == drawn
 
 
-def test_color_entropy_is_0_for_one_color_and_1_for_all():
-    from classroom import shapes
+def test_distances_see_a_planted_bias_and_nothing_in_real_scenes():
+    metadata = shapes.sample_prompts(600, 3, "heldout")
+    real = demo.distribution(demo.real_scenes(metadata, 5), metadata)
+    again = demo.distribution(demo.real_scenes(metadata, 6), metadata)
+    rng = np.random.default_rng(7)
+    scenes = [shapes.scene(m, rng) for m in metadata]
+    for m, scene in zip(metadata, scenes, strict=True):  # every second open colour turns green
+        if not any("color" in need for need in m["include"]) and rng.random() < 0.5:
+            scene[:] = [(shape, "green", *cell) for shape, _, *cell in scene]
+    biased = torch.from_numpy(shapes.render(scenes, rng)).permute(0, 3, 1, 2).float() / 255
+    biased = demo.distribution(biased, metadata)
+    (fd, tv, cells), (fd_error, *_) = demo.distance_difference(again, None, real, n=20)
+    assert fd < 0.5 and tv < 0.1 and cells < 0.15 and 0 < fd_error < 0.4
+    more, error = demo.distance_difference(biased, again, real, n=20)
+    assert more[0] > 4 * error[0] and more[1] > 4 * error[1] and more[1] > 0.2 and abs(more[2]) < 0.1
+    black = demo.distribution(torch.zeros(12, 3, 64, 64), metadata[:12])
+    assert np.isfinite(demo.distances(black, real)).all()
 
-    metadata = [m for m in shapes.captions("single_object", "train") if m["include"][0]["class"] == "circle"][:1] * 5
-    for colors, want in ((["red"] * 5, 0.0), (list(shapes.COLORS), 1.0)):
-        rng = shapes.np.random.default_rng(0)
-        images = shapes.render([[("circle", c, 1, 1)] for c in colors], rng)
-        images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-        assert demo.color_entropy(images, metadata) == pytest.approx(want)
+
+def test_frechet_distance_of_two_gaussians():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, (20_000, 3)), rng.normal(2, 3, (20_000, 3))
+    assert rewards.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert rewards.frechet_distance(a, b) == pytest.approx(3 * (2**2 + (3 - 1) ** 2), rel=0.02)
 
 
 def test_the_log_is_the_same_however_often_it_is_written(distilled, tmp_path):
