@@ -44,6 +44,9 @@ PRESETS = {  # published settings of each backbone, and measured ones of the cla
         lr_decay=0.3,
         dtype="float32",
         out=Path("out/classroom/acdmd"),
+        reward_dir=models.CLASSROOM,
+        eval_rewards="geneval_strict,clipscore",
+        eval_every=200,
         sample_every=200,
         save_every=200,
     ),
@@ -61,13 +64,14 @@ def parse_args(argv=None):
     add("--lr_decay", type=between(0, 1), default=0.0, help="share of the run over which both fall to 0; paper: 0")
     add("--fake_update_ratio", type=at_least(1), default=10, help="fake-score updates per generator update; paper: 10")
     add("--rank", type=at_least(1), default=32, help="LoRA rank; alpha is twice that. Paper: 32")
-    add("--guidance_scale", type=between(0), help="classifier-free guidance of the teacher; 1 or less: none")
+    add("--guidance_scale", type=between(0), help="of the teacher; 1 or less: none (default: the backbone's)")
     add("--eta", type=between(0, 1), default=0.9, help="CPS stochasticity, 0 ODE to 1 full re-noising; paper: 0.9")
     add("--gamma", type=between(0), default=0.01, help="weight of L_cons; paper: 0.01. 0: ablation without it")
     add("--delta_max", type=at_least(1), default=200, help="L_cons: largest step back, in timesteps; paper: 200")
     add("--consistency_batch", type=at_least(1), help="L_cons: on so many images a process (default: all)")
-    add("--plain_dmd", action="store_true", help="ablation: match x0_hat of every step at s = 0 (DMD2, App. K)")
+    add("--plain_dmd", action="store_true", help="ablation: match x0_hat at s = 0; with --eta 1 DMD2 (App. K)")
     add("--ema_decay", type=between(0, 1), default=0.99, help="paper: 0.99, every iteration")
+    rewards.add_reward_flags(p, "iterations")
     models.add_run_flags(p, PRESETS, "out/acdmd", "iterations", every=500)
     p.set_defaults(log_every=10)
     return models.parse_with_preset(p, PRESETS, argv)
@@ -82,7 +86,8 @@ def renoise(x_s, sigma_s, sigma_t, noise):
 
         x_t = a x_s + sigma_ts z,    a = (1-t)/(1-s),    sigma_ts^2 = t^2 - a^2 s^2
 
-    Why v* (App. D). x_s is itself noisy, so noise - x0 is unknown; its expectation given x_s and x_t is enough.
+    Why v* (App. D). x_s is itself noisy, so v = eps - x0 is unknown. But v is linear in the score, and a target needs
+    only the right mean: one sample of the score, -z / sigma_ts, stands in its place, and E[v* | x_t] is v at x_t.
       1. x_t given x_s is Gaussian, so the score of p(x_t) is E[-z / sigma_ts | x_t]   (score through x_s).
       2. Rectified flow ties score and velocity: v = -(x_t + t score) / (1-t).
       3. Put 1 into 2, x_t = a x_s + sigma_ts z:   v* = -x_s/(1-s) + z (t/sigma_ts - sigma_ts) / (1-t).
@@ -122,7 +127,7 @@ def consistency_loss(predict, x_t, sigma_t, v_t, delta, *walk):
     sigma_t = per_sample(sigma_t, x_t).expand(len(x_t), 1, 1, 1)
     sigma_back = (sigma_t - per_sample(delta, x_t) / 1000).clamp(min=0)
     x_1, x_2 = (cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in noises)
-    v_1, v_2 = predict(torch.cat([x_1, x_2]), torch.cat([sigma_back, sigma_back]).flatten()).float().chunk(2)
+    v_1, v_2 = predict(torch.cat([x_1, x_2]), torch.cat([sigma_back, sigma_back]).flatten()).chunk(2)
     h_t, h_1, h_2 = x_t - sigma_t * v_t, x_1 - sigma_back * v_1, x_2 - sigma_back * v_2
     return ((h_1 - h_t) * (h_2 - h_t)).mean()
 
@@ -162,8 +167,8 @@ def rollout(backbone, cond, levels, eta, noise, grad=False):
     return x
 
 
-def consistency(backbone, cond, start, noise, eta, delta_max):
-    """L_cons of the first len(noise) samples of start = (x_t, sigma_t, v_t); 0 if there are none (gamma = 0)."""
+def consistency(backbone, cond, point, noise, eta, delta_max):
+    """L_cons of the first len(noise) samples of point = (x_t, sigma_t, v_t); 0 if there are none (gamma = 0)."""
     n = len(noise)
     if n == 0:
         return torch.zeros((), device=backbone.device)
@@ -174,7 +179,7 @@ def consistency(backbone, cond, start, noise, eta, delta_max):
     def predict(x, sigma):
         return backbone.velocity("fake", x, sigma, cond)
 
-    return consistency_loss(predict, *(part[:n] for part in start), delta, *walk)
+    return consistency_loss(predict, *(part[:n] for part in point), delta, *walk)
 
 
 def main(args):
@@ -183,16 +188,18 @@ def main(args):
     if run.finished:
         return
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts()
+    run.heldout = rewards.HeldOut(args, run.device) if args.eval_every else None
     backbone = run.load_backbone()
     backbone.roles |= {"generator": ("generator",), "fake": ("fake",), "ema": ("generator_ema",)}
     networks = {"generator": backbone.student, "generator_ema": backbone.student, "fake": backbone.transformer}
-    generator, average, fake = run.adapters(networks, args.rank)
+    generator, average, fake = run.adapters(networks, args.rank)  # lists of parameters, in this order
     fused = run.device.type == "cuda"
     optimizer = torch.optim.AdamW(generator, weight_decay=0.0, fused=fused)
     optimizer_fake = torch.optim.AdamW(fake, weight_decay=0.0, fused=fused)
     ema = models.EMA(generator, average, args.ema_decay)
     n_cons = (args.consistency_batch or args.batch_size) if args.gamma else 0
-    models.set_up_blocks(backbone, args.checkpointing, args.batch_size + 2 * n_cons, args.compile)
+    held = args.batch_size + 2 * n_cons  # samples whose activations one backward needs: L_ac's, and L_cons' twice
+    models.set_up_blocks(backbone, args.checkpointing, held, args.compile)
 
     batch, sigmas = args.batch_size * run.world_size, backbone.sigmas()
     mine = range(run.rank * args.batch_size, (run.rank + 1) * args.batch_size)  # samples are numbered over all ranks
@@ -208,27 +215,29 @@ def main(args):
         k = int(torch.randint(1, len(sigmas), (1,), generator=g))  # the same on every rank
         picks = torch.randint(len(pairs), (batch,), generator=g)[mine.start : mine.stop]
         levels = [*sigmas[:k], 0.0 if args.plain_dmd else sigmas[k]]
+        # .normal(name) -> [B, C, H, W], .uniform(name) -> [B]: fixed by seed, step, network, sample and name
         noise = models.Noise(args.seed, step, network, mine, backbone.latent_shape, run.device)
         return backbone.encode([pairs[i][0] for i in picks]), k, levels, noise
 
     for step in run.steps("AC-DMD"):
         decay = models.linear_decay(step, args.steps, args.lr_decay)
 
-        # 1) rollout to x_s
+        # 1) rollout to x_s (App. B)
         cond, k, levels, noise = draw(step, "fake")
         x_s, s = rollout(backbone, cond, levels, args.eta, noise), levels[-1]
 
-        # 2) fake score: fit v* at x_t, stay consistent along the way back from x_t
+        # 2) fake score: fit v* at x_t (App. D), stay consistent along the way back from x_t (App. E, F)
         sigma_t = draw_t(noise.uniform("t"), s)
         x_t, target, sigma_ts = renoise(x_s, s, sigma_t, noise.normal("z"))
         v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
         loss_ac = fake_score_loss(v_fake, target, sigma_ts)
         loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta, args.delta_max)
         (loss_ac + args.gamma * loss_cons).backward()
+        # averages over ranks, clips the norm at 1, steps at this rate, clears the gradients
         norm = step_optimizer(optimizer_fake, decay * args.lr_fake, run.world_size, args.skip_nonfinite)
         row = {f"loss/ac_k{k}": loss_ac, "loss/cons": loss_cons, "grad_norm/fake": norm, "lr": decay * args.lr}
 
-        # 3) generator, on a rollout of its own: where do teacher and fake score disagree about it?
+        # 3) generator, on a rollout of its own: where do teacher and fake score disagree about it? (section 3)
         if (step + 1) % args.fake_update_ratio == 0:
             cond, k, levels, noise = draw(step, "generator")
             x_s, s = rollout(backbone, cond, levels, args.eta, noise, grad=True), levels[-1]
@@ -241,7 +250,7 @@ def main(args):
                 x_s_teacher = cps_step(x_t, v_teacher, sigma_t, s, args.eta, back)
                 x_s_fake = cps_step(x_t, v_fake, sigma_t, s, args.eta, back)
             loss = distribution_matching_loss(x_s, x_s_fake, x_s_teacher)
-            loss.backward()
+            loss.backward()  # recomputed blocks take the adapters they ran with: the generator's
             norm = step_optimizer(optimizer, decay * args.lr, run.world_size, args.skip_nonfinite)
             row |= {f"loss/generator_k{k}": loss, "grad_norm/generator": norm}
 

@@ -1133,7 +1133,7 @@ class Run:
         partial = [p for p in self.out.glob(".*.partial") if re.fullmatch(r"\.(step_\d+|final)\.partial", p.name)]
         later = [p for p in step_folders(self.out) if int(p.name[5:]) > self.start]
         self.stale = [p for p in (*later, *partial, *self.out.glob("final")) if p.is_dir() and p != resumed]
-        self.stop = StopSignal()
+        self.stop, self.heldout = StopSignal(), None
 
     def take_lock(self):
         """Lock --out for this process group: taken before the look into the folder, held to the end."""
@@ -1220,9 +1220,10 @@ class Run:
         return [adapter_parameters(network, name) for name, network in networks.items()]
 
     def begin(self, backbone, pairs, optimizers, images):
-        """pairs: [(prompt, metadata)], the first 16 are sampled; optimizers: {role: optimiser}; images: of one step."""
+        """pairs: [(prompt, metadata)]; optimizers: {role: optimiser}; images: of one step."""
         self.backbone, self.optimizers, self.images = backbone, optimizers, images
-        self.shown = [prompt for prompt, _ in pairs[:16]]
+        self.shown = [prompt for prompt, _ in (self.heldout.pairs if self.heldout else pairs)[:16]]
+        self.postfix = {}
         for role, optimizer in optimizers.items() if self.state else ():
             optimizer.load_state_dict(self.state["optimizers"][role])
         self.rows, (self.in_a_row, self.skipped) = [], (self.state or {}).get("skipped", (0, 0))
@@ -1261,6 +1262,8 @@ class Run:
         self.bar = Run.bar = tqdm(**shown)
         self.since = time.perf_counter()
         every = self.args.sample_every
+        if self.heldout and self.start == 0:
+            self.evaluate(0)
         for step in range(self.start, self.total):
             yield step
             done, stopped = step + 1, self.stop.agreed(self.world_size)
@@ -1270,6 +1273,8 @@ class Run:
             paused = time.perf_counter()
             if every and (done % every == 0 or step == 0):
                 self.sample_grid(done)
+            if self.heldout and (done % self.heldout.every == 0 or done == self.total):
+                self.evaluate(done)
             if saving:
                 self.save(done)
             self.since += time.perf_counter() - paused  # grids and checkpoints are no part of the training's pace
@@ -1313,13 +1318,17 @@ class Run:
             self.drop_nonfinite(step, row)
             row = {"step": step, **row, "skipped": self.skipped, **pace}
             row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-            self.bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k.startswith(SHOWN)}, refresh=False)
-            if self.file:
-                with named_failure(f"cannot write to {self.file.name}"):
-                    print(json.dumps(row), file=self.file, flush=True)
-            if self.wandb:
-                self.wandb.log(row)
+            self.write_row(row)
         self.rows = []
+
+    def write_row(self, row):
+        self.postfix |= {k: f"{v:.3g}" for k, v in row.items() if k.startswith(SHOWN)}
+        self.bar.set_postfix(self.postfix, refresh=False)
+        if self.file:
+            with named_failure(f"cannot write to {self.file.name}"):
+                print(json.dumps(row), file=self.file, flush=True)
+        if self.wandb:
+            self.wandb.log(row)
 
     def drop_nonfinite(self, step, row):
         """Values that are not finite stop the run, unless --skip_nonfinite lets some steps in a row pass uncounted."""
@@ -1333,6 +1342,21 @@ class Run:
             raise SystemExit(f"step {step}: {cause}{times} is not finite; {after}")
         for name in bad:
             del row[name]
+
+    def evaluate(self, done):
+        """Score the EMA generator's pictures of the held-out set, dealt to the processes: a log line of its own."""
+        self.write_rows()
+        backbone, n, evaluations = self.backbone, len(self.heldout.pairs), self.backbone.evaluations
+        turns = -(-n // self.world_size)  # as many for every process: sharded networks need them all for a forward
+        mine, scores = [(self.rank + i * self.world_size) % n for i in range(turns)], []
+        for b in range(0, turns, self.args.batch_size):
+            part = mine[b : b + self.args.batch_size]
+            prompts = [self.heldout.pairs[i][0] for i in part]
+            latents = sample_latents(backbone, prompts, backbone.sigmas(), self.args.eta, indices=part, role="ema")
+            scores += self.heldout.score(decode_all(backbone, latents), part)
+        row = self.heldout.summary(dict(gather(scores, self.world_size)))
+        self.write_row({"step": done} | {name: float(f"{value:.6g}") for name, value in row.items()})
+        backbone.evaluations = evaluations
 
     def sample_grid(self, done):
         """Write a picture of the EMA generator's samples: the same prompts and noise each time."""
@@ -1370,7 +1394,7 @@ class Run:
                 shutil.rmtree(old)
 
 
-SHOWN = ("reward/", "eval/", "grad_norm/generator", "loss/cons")  # beside the progress bar
+SHOWN = ("reward/", "eval/", "grad_norm/generator")  # beside the progress bar
 
 
 def put_in_place(aside, target):

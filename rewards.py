@@ -216,28 +216,6 @@ class Clip(nn.Module):
         return torch.stack([self.cache[p] for p in prompts]).to(device)
 
 
-@torch.no_grad()
-def clip_features(clip, images):
-    """[B, D] float64: CLIP's pooled image features, before the projection, of pictures resized as for clipscore."""
-    pixels = torch.from_numpy(eight_bits(images)).to(images.device).permute(0, 3, 1, 2).float() / 255
-    pixels = normalize(resize_and_crop(pixels, clip.size, "bilinear"))
-    return clip.model.vision_model(pixel_values=pixels).pooler_output.double().cpu().numpy()
-
-
-def frechet_distance(a, b):
-    """Distance between the Gaussians of two sets of features [N, D], [M, D] (FID's formula, arXiv 1706.08500).
-
-        |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
-
-    It shrinks a little as N and M grow: compare at one N.
-    """
-    gap, C_a, C_b = a.mean(0) - b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(C_a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ C_b @ root).clip(0)).sum()  # (C_a C_b)^(1/2) has this trace
-    return float(gap @ gap + np.trace(C_a) + np.trace(C_b) - 2 * cross)
-
-
 class CLIPScore(nn.Module):
     """Cosine of CLIP L/14's image and text embeddings, .28 to .32 (up to 1 with the classroom's CLIP).
 
@@ -1022,18 +1000,20 @@ class Scorers:
     """The scorers behind {column: weight}; a model that serves two columns is loaded and run once.
 
     batch_size: images a forward of a scorer takes in `score` (default: all that are given). offload: scorers wait on
-    the CPU; for `differentiable` they come to the device and stay until the next `score`.
+    the CPU; for `differentiable` they come to the device and stay until the next `score`. shared: another `Scorers`,
+    whose models serve here too.
     """
 
-    def __init__(self, weights, device, reward_dir=None, batch_size=None, offload=False):
+    def __init__(self, weights, device, reward_dir=None, batch_size=None, offload=False, shared=None):
         models.quiet_libraries()
         self.weights, self.device = dict(weights), torch.device(device)
         self.batch_size, self.offload, self.reward_dir = batch_size, offload, reward_dir
-        files = Weights(reward_dir)
+        self.files = shared.files if shared else Weights(reward_dir)
+        loaded = {type(s): s for s in (shared.scorers if shared else ())}
         self.scorers = []
         for scorer in dict.fromkeys(SCORERS[name] for name in weights):
             with naming(scorer):
-                self.scorers.append(scorer(files, device).to("cpu" if offload else device))
+                self.scorers.append(loaded.get(scorer) or scorer(self.files, device).to("cpu" if offload else device))
 
     @torch.no_grad()
     def score(self, images, prompts, metadata=None, columns=None):
@@ -1067,6 +1047,27 @@ class Scorers:
                     total = total + self.weights[name] * SCALE.get(name, 1) * row
         return total
 
+    @torch.no_grad()
+    def features(self, images):
+        """[N, D] float64 on the CPU: CLIP's pooled image features of 8-bit pictures, for `frechet_distance`."""
+        clip, parts = self.files.clip().to(self.device), []
+        for part in images.split(self.batch_size or 100):
+            pixels = (part.to(self.device, torch.float32) * 255).round().clamp(0, 255) / 255
+            pixels = normalize(resize_and_crop(pixels, clip.size, "bilinear"))
+            parts.append(clip.model.vision_model(pixel_values=pixels).pooler_output.double().cpu())
+        if self.offload:
+            clip.to("cpu")
+        return torch.cat(parts).numpy()
+
+    def features_of_folder(self, folder):
+        """The same of the pictures in a folder, --fd_reference."""
+        files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        if len(files) < 2:
+            raise UserError(f"--fd_reference {folder} holds {len(files)} pictures (.png, .jpg, .webp): give at least 2")
+        pictures = (np.array(Image.open(file).convert("RGB")) for file in files)
+        pictures = (torch.from_numpy(p).permute(2, 0, 1)[None].float() / 255 for p in pictures)
+        return np.concatenate([self.features(picture) for picture in pictures])
+
     def call(self, scorer, images, prompts, metadata=None):
         """One scorer on one batch; an error carries its name. No autocast, and no TF32 in the forward."""
         tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
@@ -1084,10 +1085,24 @@ class Scorers:
         return rows
 
 
-def load_scorers(weights, device="cpu", reward_dir=None, batch_size=None, offload=False):
+def frechet_distance(a, b):
+    """Distance between the Gaussians of two sets of features [N, D], [M, D] (FID's formula, arXiv 1706.08500).
+
+        |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
+
+    It shrinks a little as N and M grow: compare at one N.
+    """
+    gap, C_a, C_b = a.mean(0) - b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(C_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ C_b @ root).clip(0)).sum()  # (C_a C_b)^(1/2) has this trace
+    return float(gap @ gap + np.trace(C_a) + np.trace(C_b) - 2 * cross)
+
+
+def load_scorers(weights, device="cpu", reward_dir=None, batch_size=None, offload=False, shared=None):
     """Scorers for {reward: weight}; reward_dir holds weights that are not taken from the hub."""
     weights = {find_scorer(reward): weight for reward, weight in weights.items()}
-    return Scorers(weights, device, reward_dir, batch_size, offload)
+    return Scorers(weights, device, reward_dir, batch_size, offload, shared)
 
 
 def parse_weights(text):
@@ -1105,6 +1120,62 @@ def parse_weights(text):
     if not math.isfinite(sum(weights.values())) or sum(weights.values()) <= 0:
         raise UserError(f"the reward weights of {text!r} add up to {sum(weights.values())}: it must be above 0")
     return weights
+
+
+def add_reward_flags(p, unit):
+    """The flags of both stages about scorers: where they are, and the evaluation on a held-out set during training."""
+    add = p.add_argument_group("scorers").add_argument
+    add("--reward_dir", type=models.path, help="folder with reward weights that are not taken from the hub")
+    add("--reward_batch_size", type=models.at_least(1), help="images a scorer takes at once (default: --batch_size)")
+    add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
+    add("--eval_every", type=models.at_least(0), default=0, help=f"{unit} between scores of held-out prompts; 0: none")
+    add("--eval_prompts", type=models.path, help="the held-out prompt file; the classroom has its own")
+    add("--eval_rewards", type=parse_weights, default="clipscore", help="name,...: what they are scored by")
+    add(
+        "--fd_reference",
+        type=models.path,
+        help="folder of pictures: eval/fd, Frechet distance to them in CLIP",
+    )
+
+
+class HeldOut:
+    """The prompts and judges of --eval_every. Prompts and noise never change, so that only the network does."""
+
+    def __init__(self, args, device, shared=None):
+        if not args.eval_prompts and args.model != "classroom":
+            raise UserError("--eval_every needs --eval_prompts FILE, of prompts that are not trained on")
+        self.every, self.pairs = args.eval_every, read_prompts(args.eval_prompts) if args.eval_prompts else None
+        if self.pairs is None:
+            from classroom.shapes import sample_prompts
+
+            self.pairs = [(m["prompt"], m) for m in sample_prompts(240, 0, "validation")]
+        check_prompts(self.pairs, args.eval_rewards, args.reward_dir)
+        size = args.reward_batch_size or args.batch_size
+        options = (args.reward_dir, size, args.offload_rewards, shared)
+        self.scorers, self.reference = load_scorers(args.eval_rewards, device, *options), None
+        if args.fd_reference:
+            self.reference = self.scorers.features_of_folder(args.fd_reference)
+        elif args.model == "classroom":
+            from classroom.shapes import pictures
+
+            self.reference = self.scorers.features(pictures([m for _, m in self.pairs], seed=5))
+
+    def score(self, images, indices):
+        """[(index, ({reward: score}, features))] of pictures [B, 3, H, W] of the prompts with these indices."""
+        prompts, metadata = zip(*(self.pairs[i] for i in indices), strict=True)
+        columns = self.scorers.score(images, prompts, metadata)
+        rows = [{name: values[j].item() for name, values in columns.items()} for j in range(len(indices))]
+        features = [None] * len(rows) if self.reference is None else self.scorers.features(images)
+        return list(zip(indices, zip(rows, features, strict=True), strict=True))
+
+    def summary(self, scores):
+        """{eval/reward: mean, eval/reward_error: standard error, eval/fd} of what `score` returned for all indices."""
+        rows, features = zip(*(scores[i] for i in range(len(self.pairs))), strict=True)
+        values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        summary = {f"eval/{name}": v.mean() for name, v in values.items()}
+        summary |= {f"eval/{name}_error": v.std() / math.sqrt(len(v)) for name, v in values.items()}
+        fd = {} if self.reference is None else {"eval/fd": frechet_distance(np.stack(features), self.reference)}
+        return summary | fd
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1182,6 +1253,23 @@ def classroom_prompts(**repeat):
     columns = [captions(task, "train") for task in TASKS for _ in range(repeat.get(task, 1))]
     longest = max(len(c) for c in columns)
     return [(c[i % len(c)]["prompt"], c[i % len(c)]) for i in range(longest) for c in columns]
+
+
+def count_groups(pairs, n_images, group_size):
+    """Groups in an epoch of n_images; refuses what does not divide, and too few prompts."""
+    if n_images % group_size:
+        fits = max(k for k in range(1, group_size) if n_images % k == 0)
+        raise UserError(
+            f"{n_images} images an epoch (processes x --batch_size x --batches) do not split into groups of "
+            f"{group_size}: try --group_size {fits}"
+        )
+    distinct = len({prompt for prompt, _ in pairs})
+    if distinct < n_images // group_size:
+        raise UserError(
+            f"an epoch needs {n_images // group_size} distinct prompts, the file has {distinct}: lower --batches or "
+            "--batch_size"
+        )
+    return n_images // group_size
 
 
 def check_prompts(pairs, columns, reward_dir=None):

@@ -60,6 +60,8 @@ PRESETS = {
         dtype="float32",
         out=Path("out/classroom/rtdmd"),
         distilled=Path("out/classroom/acdmd/final"),
+        eval_rewards="geneval_strict,clipscore",
+        eval_every=50,
         sample_every=50,
         save_every=50,
     ),
@@ -75,9 +77,6 @@ def parse_args(argv=None):
     add("--distilled", type=models.path, help="stage 1's final/ folder: its generator_ema and fake adapters")
     add("--prompts", type=models.path, help="prompt file, for geneval with its metadata; the classroom makes its own")
     add("--rewards", type=rewards.parse_weights, default=PUBLISHED, help="name=weight,... or own.py:function=weight")
-    add("--reward_dir", type=models.path, help="folder with reward weights that are not taken from the hub")
-    add("--reward_batch_size", type=at_least(1), help="images a scorer takes at once (default: --batch_size)")
-    add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
     add("--epochs", type=at_least(1), default=1000, help="sample, score, one optimiser step of each network")
     add("--group_size", type=at_least(1), default=24, help="K, images per prompt; paper: 16 or 24")
     add("--batch_size", type=at_least(1), default=9, help="images of a micro-batch")
@@ -86,17 +85,19 @@ def parse_args(argv=None):
     add("--lr_fake", type=between(0), default=3e-5, help="learning rate of the fake score")
     add("--lr_decay", type=between(0, 1), default=0.0, help="share of the run over which both fall to 0; paper: 0")
     add("--init_std", type=between(0), default=1.0, help="std of the fresh adapters' A; the published rates need 1")
-    add("--guidance_scale", type=between(0), help="classifier-free guidance of the teacher; 1 or less: none")
+    add("--guidance_scale", type=between(0), help="of the teacher; 1 or less: none (default: the backbone's)")
     add("--eta", type=between(0, 1), default=0.9, help="CPS stochasticity, above 0; paper: 0.9")
     add("--n_chosen", type=int, default=2, choices=[1, 2, 3], help="SubGRPO: trained stochastic steps; 3: ablation")
     add("--clip_range", type=between(0), default=1e-5, help="of the policy ratio; paper: 1e-5")
     add("--policy_weight", type=between(0), default=1.0, help="weight of the policy gradient; 0: ablation")
     add("--dm_weight", type=between(0), default=1e-3, help="weight of L_G; paper: 1e-3; 0: ablation without leash")
     add("--bp_weight", type=between(0), default=1e-4, help="weight of reward back-propagation; paper: 1e-4")
+    add("--last_step_batch", type=at_least(1), help="L_G and R: on so many images of a micro-batch (default: all)")
     add("--reward_margin", type=between(-math.inf), default=3.0, help="of mean(relu(margin - R)); paper: 3")
     add("--gamma", type=between(0), default=0.01, help="weight of L_cons in L_fake; paper: 0.01")
     add("--consistency_batch", type=at_least(1), help="L_cons: on so many images of a micro-batch (default: all)")
     add("--ema_every", type=at_least(1), default=8, help="optimiser steps between EMA updates (decay .9); paper: 8")
+    rewards.add_reward_flags(p, "epochs")
     models.add_run_flags(p, PRESETS, "out/rtdmd", "epochs", every=100)
     args = models.parse_with_preset(p, PRESETS, argv)
     if args.eta == 0:
@@ -219,7 +220,7 @@ def distribution_matching_loss(x0, x0_fake, x0_teacher):
 def sample(backbone, prompts, sigmas, chosen, eta, noise):
     """Rollouts: states [B, 5, C, H, W] from noise to picture, and log-probabilities [B, 3], 0 where not chosen.
 
-    noise: keyed by (seed, epoch).
+    noise: Noise(seed, epoch, ...), whose key is that of the shared noise too.
     """
     (seed, epoch), last = noise.key, len(sigmas) - 2
     cond, x = backbone.encode(prompts), noise.normal("start")
@@ -244,8 +245,8 @@ def noised(x0, noise):
     return (1 - t) * x0 + t * z, sigma_t, z
 
 
-def consistency(backbone, cond, start, noise, eta):
-    """L_cons of the first len(noise) samples of start = (x_t, sigma_t, v_t); 0 if there are none (gamma = 0)."""
+def consistency(backbone, cond, point, noise, eta):
+    """L_cons of the first len(noise) samples of point = (x_t, sigma_t, v_t); 0 if there are none (gamma = 0)."""
     n = len(noise)
     if n == 0:
         return torch.zeros((), device=backbone.device)
@@ -256,7 +257,7 @@ def consistency(backbone, cond, start, noise, eta):
     def predict(x, sigma):
         return backbone.velocity("fake", x, sigma, cond)
 
-    return consistency_loss(predict, *(part[:n] for part in start), delta, *walk)
+    return consistency_loss(predict, *(part[:n] for part in point), delta, *walk)
 
 
 def matching_gradient(backbone, cond, x0, noise, guidance_scale):
@@ -272,7 +273,7 @@ def matching_gradient(backbone, cond, x0, noise, guidance_scale):
 
 
 def reward_gradient(backbone, scorers, prompts, x0, margin):
-    """(mean(relu(margin - R)), its gradient at x0), R the weighted differentiable rewards of the decoded x0.
+    """(mean(relu(margin - R)), its gradient at x0), R [B] the weighted differentiable rewards of the decoded x0.
 
     Taken at x0, so that the activations of reward models and VAE are gone before the transformer's backward begins.
     """
@@ -289,23 +290,6 @@ def pick_prompts(pairs, n, g):
         if len(picked) == n:
             break
     return list(picked.values())
-
-
-def count_groups(pairs, n_images, group_size):
-    """Groups in an epoch of n_images; refuses what does not divide, and too few prompts."""
-    if n_images % group_size:
-        fits = max(k for k in range(1, group_size) if n_images % k == 0)
-        raise models.UserError(
-            f"{n_images} images an epoch (processes x --batch_size x --batches) do not split into groups of "
-            f"{group_size}: try --group_size {fits}"
-        )
-    distinct = len({prompt for prompt, _ in pairs})
-    if distinct < n_images // group_size:
-        raise models.UserError(
-            f"an epoch needs {n_images // group_size} distinct prompts, the file has {distinct}: lower --batches or "
-            "--batch_size"
-        )
-    return n_images // group_size
 
 
 def add_to(row, values, count):
@@ -327,36 +311,40 @@ def main(args):
     per_rank = args.batch_size * args.batches
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**WEAK_TASKS)
     rewards.check_prompts(pairs, args.rewards, args.reward_dir)
-    n_groups = count_groups(pairs, per_rank * run.world_size, args.group_size)
+    n_groups = rewards.count_groups(pairs, per_rank * run.world_size, args.group_size)
     run.pin("distilled", [models.fingerprint(args.distilled / name) for name in ("generator_ema", "fake")])
     size = args.reward_batch_size or args.batch_size
     scorers = rewards.load_scorers(args.rewards, run.device, args.reward_dir, size, args.offload_rewards)
+    run.heldout = rewards.HeldOut(args, run.device, scorers) if args.eval_every else None
     backbone = run.load_backbone()
     backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake", "fake_rl"), "ema": ("distilled", "rl_ema")}
-    rank = len(models.load_adapter(backbone.student, "distilled", args.distilled / "generator_ema")[0])
+    frozen = models.load_adapter(backbone.student, "distilled", args.distilled / "generator_ema")
     models.load_adapter(backbone.transformer, "fake", args.distilled / "fake")
+    rank = len(frozen[0])  # of an A, [rank, in]
     networks = {"rl": backbone.student, "rl_ema": backbone.student, "fake_rl": backbone.transformer}
-    generator, average, fake = run.adapters(networks, rank, args.init_std)
+    generator, average, fake = run.adapters(networks, rank, args.init_std)  # lists of parameters, in this order
     fused = run.device.type == "cuda"
     optimizer = torch.optim.AdamW(generator, weight_decay=1e-4, fused=fused)
     optimizer_fake = torch.optim.AdamW(fake, weight_decay=0.0, fused=fused)
     ema = models.EMA(generator, average, 0.9, args.ema_every, warmup=True)
     n_cons = (args.consistency_batch or args.batch_size) if args.gamma else 0
-    models.set_up_blocks(backbone, args.checkpointing, args.batch_size + 2 * n_cons, args.compile)
+    held = args.batch_size + 2 * n_cons  # samples whose activations one backward needs: L_ac's, and L_cons' twice
+    models.set_up_blocks(backbone, args.checkpointing, held, args.compile)
 
-    sigmas, K, C = backbone.sigmas(), args.group_size, args.n_chosen
+    sigmas, K, C, weights = backbone.sigmas(), args.group_size, args.n_chosen, args.rewards
     last, n_images = len(sigmas) - 2, per_rank * run.world_size
-    mine = range(run.rank * per_rank, (run.rank + 1) * per_rank)  # images are numbered over all ranks
+    # images are numbered over all ranks: image i is of prompt i // K, and a group may straddle ranks
+    mine = range(run.rank * per_rank, (run.rank + 1) * per_rank)
     batches = torch.arange(per_rank).split(args.batch_size)
     states = torch.empty(per_rank, len(sigmas), *backbone.latent_shape)
     old_log_prob = torch.empty(per_rank, last)
-    scores = {name: torch.empty(per_rank) for name in args.rewards}
+    scores = {name: torch.empty(per_rank) for name in weights}
     run.print(f"{sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
     run.print(f"{n_groups} prompts x {K} = {n_images} images an epoch, {args.epochs} epochs")
     run.print(f"rewards {args.rewards}, sigmas {[round(s, 4) for s in sigmas]}, writing to {args.out}")
     run.begin(backbone, pairs, {"generator": optimizer, "fake": optimizer_fake}, n_images)
 
-    def select(epoch, part, *use):
+    def select(epoch, prompts, part, *use):
         """Prompts, text embeddings and noise of some of this rank's images."""
         texts = [prompts[i] for i in part]
         noise = models.Noise(args.seed, epoch, *use, [mine[i] for i in part], backbone.latent_shape, run.device)
@@ -375,21 +363,23 @@ def main(args):
         for part in batches:
             if run.interrupted(epoch):
                 return
-            texts, _, noise = select(epoch, part)
-            x, log_prob = sample(backbone, texts, sigmas, chosen, args.eta, noise)
+            texts, _, noise = select(epoch, prompts, part)
+            x, log_prob = sample(backbone, texts, sigmas, chosen, args.eta, noise)  # x: [B, 5, C, H, W]
             states[part], old_log_prob[part] = x.cpu(), log_prob.cpu()
             with torch.no_grad():
                 images = backbone.decode(x[:, -1])
+            # pictures are rounded to 8 bits here, as files hold them; {name: [B]} on the CPU
             for name, score in scorers.score(images, texts, [metadata[i] for i in part]).items():
                 scores[name][part] = score
         grouped = {n: torch.tensor(models.gather(r.tolist(), run.world_size)).view(-1, K) for n, r in scores.items()}
-        advantages = group_advantages(grouped, args.rewards).flatten()[mine.start : mine.stop]
-        n_signal = K * int(has_signal(grouped, args.rewards).sum())
-        row |= {f"reward/{name}": r.mean().item() for name, r in grouped.items()}
+        advantages = group_advantages(grouped, weights).flatten()[mine.start : mine.stop]
+        n_signal = K * int(has_signal(grouped, weights).sum())
+        row |= {f"reward/{name}": r.mean().item() for name, r in grouped.items()} | {"n_signal": n_signal}
+        row |= {f"group_std/{name}": r.std(1, correction=0).mean().item() for name, r in grouped.items()}
 
         # 4) fake score, on the finished samples
         for part in batches if args.dm_weight else ():  # NOTE(paper): the release trains it also where nobody reads it
-            _, cond, noise = select(epoch, part, "fake")
+            _, cond, noise = select(epoch, prompts, part, "fake")
             x0 = to_device(states[part, -1], run.device)
             x_t, sigma_t, z = noised(x0, noise)
             v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
@@ -399,16 +389,18 @@ def main(args):
             add_to(row, {"loss/ac": loss_ac, "loss/cons": loss_cons}, args.batches)
         if args.dm_weight:
             lr = decay * args.lr_fake
+            # averages over ranks, clips the norm at 1, steps at this rate, clears the gradients
             row["grad_norm/fake"] = step_optimizer(optimizer_fake, lr, run.world_size, args.skip_nonfinite)
 
         # 5) generator: L = 1/(C+1) [sum_j policy_weight L_policy,j + dm_weight L_G + bp_weight mean(relu(margin - R))]
         order = torch.randperm(per_rank, generator=seeded(args.seed, epoch, run.rank, "order"))
         for part in order.split(args.batch_size):
-            texts, cond, noise = select(epoch, part, "generator")
+            texts, cond, noise = select(epoch, prompts, part, "generator")
             x, old, A = (to_device(t[part], run.device) for t in (states, old_log_prob, advantages))
-            share = 1 / (args.batches * (C + 1))  # of this micro-batch in a mean over images and terms
+            share = 1 / (args.batches * (C + 1))  # what a mean over this micro-batch weighs in L
 
-            # chosen steps. Images of a group without signal have advantage 0 and do not count in the mean
+            # chosen steps (App. G, H). A is 0 in groups without signal: n_images / n_signal makes the mean one over the
+            # images that count
             for j in chosen if args.policy_weight else ():
                 v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
                 log_prob = cps_log_prob(x[:, j + 1], x[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
@@ -419,20 +411,22 @@ def main(args):
                 values = {"loss/policy": loss, "ratio_drift": drift.mean(), "clip_fraction": clipped}
                 add_to(row, values, args.batches * C)
 
-            # last step: the leash and the reward's own gradient at x0, then the chain rule through the transformer
+            # last step: gradients of the leash and of the reward at x0_hat, then the chain rule through the transformer
             if args.dm_weight or args.bp_weight:
-                v = backbone.velocity("generator", x[:, last], sigmas[last], cond)
-                x0 = cps_step(x[:, last], v, sigmas[last], 0.0)
-                g = torch.zeros_like(x0)
+                n = args.last_step_batch or len(part)
+                texts, noise, x_last, cond = texts[:n], noise[:n], x[:n, last], {k: c[:n] for k, c in cond.items()}
+                v = backbone.velocity("generator", x_last, sigmas[last], cond)
+                x0_hat = cps_step(x_last, v, sigmas[last], 0.0)
+                g = torch.zeros_like(x0_hat)
                 if args.dm_weight:
-                    loss, g_dm = matching_gradient(backbone, cond, x0, noise, args.guidance_scale)
+                    loss, g_dm = matching_gradient(backbone, cond, x0_hat, noise, args.guidance_scale)
                     g += args.dm_weight * g_dm
                     add_to(row, {"loss/dm": loss, "grad_x0/dm": args.dm_weight * of_one_image(g_dm)}, args.batches)
                 if args.bp_weight:
-                    loss, g_bp = reward_gradient(backbone, scorers, texts, x0, args.reward_margin)
+                    loss, g_bp = reward_gradient(backbone, scorers, texts, x0_hat, args.reward_margin)
                     g += args.bp_weight * g_bp
                     add_to(row, {"loss/bp": loss, "grad_x0/bp": args.bp_weight * of_one_image(g_bp)}, args.batches)
-                x0.backward(share * g)
+                x0_hat.backward(share * g)  # recomputed blocks take the adapters they ran with: the generator's
         row["grad_norm/generator"] = step_optimizer(optimizer, decay * args.lr, run.world_size, args.skip_nonfinite)
 
         # 6) EMA

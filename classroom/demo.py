@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +134,7 @@ def evaluate(scorers, metadata, name, nfe, draw):
     groups = draw([m for m in few for _ in range(8)], 2).reshape(24, 8, -1)
     spread = torch.stack([torch.pdist(g).mean() / math.sqrt(g.shape[1]) for g in groups]).mean().item()
     row = {"name": name, "nfe": nfe, "ms": ms, "spread": spread, "scores": scores, "images": images}
-    return row | distribution(images, metadata)
+    return row | distribution(scorers, images, metadata)
 
 
 def sampler(backbone, name, role, sigmas, eta=0.9, guidance_scale=1.0):
@@ -148,12 +147,7 @@ def sampler(backbone, name, role, sigmas, eta=0.9, guidance_scale=1.0):
     return name, (len(sigmas) - 1) * backbone.passes(guidance_scale), draw
 
 
-@cache
-def clip():
-    return rewards.Weights(models.CLASSROOM).clip()
-
-
-def distribution(images, metadata):
+def distribution(scorers, images, metadata):
     """What tells distributions of pictures apart: CLIP features [N, 128], and how many objects of each picture have
     each colour [N, 5], where its caption leaves the colour open, and lie in each cell [N, 16]."""
     colors, cells = np.zeros((len(images), len(shapes.COLORS))), np.zeros((len(images), shapes.GRID**2))
@@ -164,15 +158,7 @@ def distribution(images, metadata):
                 x, y = ((d["box"][a] + d["box"][a + 2]) / 2 // shapes.CELL for a in (0, 1))
                 cells[i, int(y) * shapes.GRID + int(x)] += 1
                 colors[i, list(shapes.COLORS).index(d["color"])] += is_open
-    features = np.concatenate([rewards.clip_features(clip(), part) for part in images.split(100)])
-    return {"features": features, "colors": colors, "cells": cells}
-
-
-def real_scenes(metadata, seed):
-    """Pictures [N, 3, 64, 64] in [0, 1] drawn from the captions themselves: the distribution that is aimed at."""
-    rng = np.random.default_rng(seed)
-    drawn = shapes.render([shapes.scene(m, rng) for m in metadata], rng)
-    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
+    return {"features": scorers.features(images), "colors": colors, "cells": cells}
 
 
 def distances(row, real, picks=slice(None)):
@@ -185,7 +171,7 @@ def distances(row, real, picks=slice(None)):
     return np.array([rewards.frechet_distance(row["features"][picks], real["features"]), *tv])
 
 
-def distance_difference(a, b, real, n=100):
+def distance_difference(a, b, real, n=50):
     """distances of a minus those of b (0 if None), and standard errors by bootstrap over prompts, the same for both."""
     gap = lambda picks: distances(a, real, picks) - (distances(b, real, picks) if b else 0)  # noqa: E731
     picks = np.random.default_rng(0).integers(len(a["colors"]), size=(n, len(a["colors"])))
@@ -198,11 +184,10 @@ def difference(a, b, column):
     return gap.mean(), bootstrap_error(gap)
 
 
-def score_table(rows, metadata):
+def score_table(rows, metadata, real):
     """Lines of a markdown table, one row a sampler."""
     tags = np.array([m["tag"] for m in metadata])
     head = ["sampler", "NFE", *HEAD, *DISTANCES, *shapes.TASKS, "diversity", "ms/image"]
-    real = distribution(real_scenes(metadata, 5), metadata)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["name"], str(row["nfe"])]
@@ -215,9 +200,8 @@ def score_table(rows, metadata):
     return lines
 
 
-def difference_table(pairs, metadata):
+def difference_table(pairs, real):
     """Lines of a markdown table of paired differences. pairs: [(label, row, row to subtract)]"""
-    real = distribution(real_scenes(metadata, 5), metadata)
     lines = ["| paired difference | " + " | ".join([*HEAD, *DISTANCES]) + " |", "|" + "---|" * 7]
     for label, a, b in pairs:
         gaps = [difference(a, b, c) for c in COLUMNS] + list(zip(*distance_difference(a, b, real), strict=True))
@@ -225,9 +209,9 @@ def difference_table(pairs, metadata):
     return lines
 
 
-def write_report(rows, metadata, args, curves):
+def write_report(rows, metadata, real, args, curves):
     lines = [f"# Teacher, AC-DMD, RTDMD: {len(metadata)} held-out prompts, same seeds", ""]
-    lines += score_table(rows, metadata)
+    lines += score_table(rows, metadata, real)
     n = len(metadata)
     lines += ["", "± is the standard error by bootstrap over prompts; task columns are strict. FD: Fréchet distance of"]
     lines += [f"the classroom CLIP's pooled image features, {n} pictures to {n} real scenes of the same captions."]
@@ -235,16 +219,16 @@ def write_report(rows, metadata, args, curves):
     lines += ["Diversity: mean pixel distance of 8 pictures of one prompt."]
     by_name = {row["name"].split(",")[0]: row for row in rows}
     pairs = (("AC-DMD", "teacher 4 CPS steps"), ("RTDMD", "AC-DMD"), ("RTDMD", "teacher 28 steps guided"))
-    lines += ["", *difference_table([(f"{a} − {b}", by_name[a], by_name[b]) for a, b in pairs], metadata)]
+    lines += ["", *difference_table([(f"{a} − {b}", by_name[a], by_name[b]) for a, b in pairs], real)]
     lines += ["", "samples.png: a green frame where the judge finds the prompt fulfilled (strict), else a red one."]
     drawn = "curves.png: thin lines the values, within their 1% and 99% quantiles; thick ones running means."
     lines += [drawn if curves else "No curves: the adapters came without a log, or with one of fewer than two lines."]
     write_table(args.out / "report", lines, rows)
 
 
-def write_ablations(rows, metadata, args):
+def write_ablations(rows, metadata, real, args):
     lines = [f"# Without a part of the method: {len(metadata)} held-out prompts, same seeds", ""]
-    lines += score_table(rows, metadata)
+    lines += score_table(rows, metadata, real)
     by_name = {row["name"]: row for row in rows}
     pairs = []
     for script, flag, missing in ABLATIONS.values():
@@ -254,7 +238,7 @@ def write_ablations(rows, metadata, args):
         "",
         "Without the part, minus the full method; one training run each:",
         "",
-        *difference_table(pairs, metadata),
+        *difference_table(pairs, real),
     ]
     write_table(args.out / "ablations", lines, rows)
 
@@ -336,8 +320,9 @@ def draw_curves(runs, path, width=420, height=230):
 
 
 STAGE_1 = [f"loss/ac_k{k}" for k in (1, 2, 3, 4)] + [f"loss/generator_k{k}" for k in (1, 4)]
-STAGE_1 += ["loss/cons", "grad_norm/generator"]
-STAGE_2 = ["reward/geneval_strict", "reward/geneval", "reward/clipscore", "loss/dm", "loss/ac"]
+STAGE_1 += ["loss/cons", "grad_norm/generator", "eval/geneval_strict", "eval/clipscore"]
+STAGE_2 = ["eval/geneval_strict", "eval/clipscore", "reward/geneval_strict", "reward/clipscore"]
+STAGE_2 += ["group_std/geneval_strict", "loss/dm", "loss/ac"]
 STAGE_2 += ["grad_norm/generator", "grad_x0/dm", "grad_x0/bp"]
 
 
@@ -357,7 +342,7 @@ def report(args):
     metadata = shapes.sample_prompts(args.n_prompts, 0, "heldout")
     few, many, guidance = backbone.sigmas(), backbone.sigmas(28), models.BACKBONES["classroom"]["guidance"]
     samplers = [
-        ("real scenes, another draw", 0, real_scenes),
+        ("real scenes, another draw", 0, shapes.pictures),
         sampler(backbone, "teacher 28 steps guided", "teacher", many, 0.0, guidance),
         sampler(backbone, "teacher 4 Euler steps", "teacher", few, 0.0),
         sampler(backbone, "teacher 4 CPS steps", "teacher", few),
@@ -365,10 +350,11 @@ def report(args):
         sampler(backbone, "RTDMD, 4 CPS steps", "rtdmd", few),
     ]
     rows = [evaluate(scorers, metadata, *columns) for columns in samplers]
+    real = distribution(scorers, shapes.pictures(metadata, 5), metadata)
     draw_samples([r for r in rows[1:] if "Euler" not in r["name"]], metadata, args.out / "samples.png")
     logs = [("AC-DMD", args.distilled.parent / "log.jsonl", STAGE_1), ("RTDMD", args.rl.parent / "log.jsonl", STAGE_2)]
     curves = draw_curves(logs, args.out / "curves.png")
-    write_report(rows, metadata, args, curves)
+    write_report(rows, metadata, real, args, curves)
     return ["report.md", "samples.png"] + (["curves.png"] if curves else [])
 
 
@@ -388,7 +374,7 @@ def ablations(args):
     roles = {"AC-DMD": ("acdmd",), "RTDMD": ("acdmd", "rtdmd")}
     for name, (script, flag, missing) in ABLATIONS.items():
         run = args.out / "ablations" / name
-        run_stage(script, args, run, *flag.split())
+        run_stage(script, args, run, *flag.split(), "--eval_every", 0)
         if script == "acdmd.py":
             folders[name], roles[f"AC-DMD, {missing}"] = run / "final" / "generator_ema", (name,)
         else:
@@ -397,7 +383,8 @@ def ablations(args):
     backbone.roles |= roles
     metadata = shapes.sample_prompts(args.n_prompts, 0, "heldout")
     rows = [evaluate(scorers, metadata, *sampler(backbone, role, role, backbone.sigmas())) for role in roles]
-    write_ablations(rows, metadata, args)
+    real = distribution(scorers, shapes.pictures(metadata, 5), metadata)
+    write_ablations(rows, metadata, real, args)
     return ["ablations.md"]
 
 

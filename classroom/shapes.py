@@ -76,21 +76,25 @@ def _all_captions(task):
 
 @lru_cache
 def captions(task, split):
-    """The captions of one task type in a split, "train" or "heldout" (a fifth, chosen by a stable hash)."""
-    if split not in ("train", "heldout"):
-        raise ValueError(f"unknown split {split!r}; allowed: train, heldout")
+    """The captions of one task type in a split, by a stable hash: "train", and "heldout", a fifth of all.
+
+    "heldout" is two halves: by "validation" settings and epochs are chosen, and what is reported is of "test".
+    """
     ordered = sorted(_all_captions(task), key=lambda m: hashlib.sha256(m["prompt"].encode()).hexdigest())
-    n_heldout = len(ordered) // 5
-    return tuple(ordered[:n_heldout] if split == "heldout" else ordered[n_heldout:])
+    heldout, train = ordered[: len(ordered) // 5], ordered[len(ordered) // 5 :]
+    splits = {"train": train, "heldout": heldout, "validation": heldout[::2], "test": heldout[1::2]}
+    if split not in splits:
+        raise ValueError(f"unknown split {split!r}; allowed: {', '.join(splits)}")
+    return tuple(splits[split])
 
 
 def sample_prompts(n, seed, split="train", task_weights=None):
-    """n metadata dicts. "heldout": the six task types in turn, each cycling through its captions in a shuffled order.
+    """n metadata dicts. Held out: the six task types in turn, each cycling through its captions in a shuffled order.
 
     "train": task types drawn with `task_weights` (uniform by default), then a caption uniformly within the type.
     """
     rng = np.random.default_rng(seed)
-    if split == "heldout":
+    if split != "train":
         orders = {task: rng.permutation(len(captions(task, split))) for task in TASKS}
         picks = [(TASKS[i % 6], i // 6) for i in range(n)]
         return [captions(task, split)[orders[task][j % len(orders[task])]] for task, j in picks]
@@ -167,6 +171,15 @@ def render(scenes, rng):
         colors = np.array([COLORS[o[2]] for o in mine])[:, None, None]
         images[where] = images[where] * (1 - cover) + colors * cover
     return images.round().astype(np.uint8)
+
+
+def pictures(metadata, seed):
+    """A freshly drawn picture of each caption, float32 tensor [N, 3, 64, 64] in [0, 1]: what a model should sample."""
+    import torch
+
+    rng = np.random.default_rng(seed)
+    drawn = render([scene(m, rng) for m in metadata], rng)
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_many_step_sampling_is_the_pipelines_own(folders, model, folder, guidanc
     assert (got - want).abs().max() < 1e-4
 
 
-SMALL = "--resolution 64 --batch_size 2 --dtype float32 --device cpu --sample_every 0".split()
+SMALL = "--resolution 64 --batch_size 2 --dtype float32 --device cpu --sample_every 0 --eval_every 0".split()
 
 
 @pytest.mark.parametrize("model", ("flux1", "flux2-4b"))

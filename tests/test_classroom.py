@@ -31,8 +31,8 @@ def test_splits_are_disjoint_and_in_genevals_schema():
             assert m["tag"] == task and len(m["prompt"].split()) <= 8
             assert all(need["class"] in shapes.SHAPES and need["count"] >= 1 for need in m["include"])
     assert {m["tag"] for m in shapes.sample_prompts(12, 0, "heldout")} == set(shapes.TASKS)
-    with pytest.raises(ValueError, match="unknown split 'test'"):
-        shapes.captions("colors", "test")
+    with pytest.raises(ValueError, match="unknown split 'exam'"):
+        shapes.captions("colors", "exam")
 
 
 def test_judge_is_exact_on_real_pictures_and_rejects_shuffled_captions():

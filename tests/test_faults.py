@@ -21,7 +21,8 @@ import models
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (
-    "--batch_size 2 --consistency_batch 1 --rank 2 --log_every 1 --sample_every 0 --fake_update_ratio 2 --save_every 1"
+    "--batch_size 2 --consistency_batch 1 --rank 2 --log_every 1 --fake_update_ratio 2 --save_every 1 "
+    "--sample_every 0 --eval_every 0"
 )
 KILLS, STEPS = 40, 120
 
@@ -136,7 +137,7 @@ def test_a_run_goes_on_from_its_final_folder_alone(run):
 def test_a_checkpoint_of_the_other_stage_is_refused(run, tmp_path):
     import rtdmd
 
-    small = "--batch_size 2 --batches 1 --group_size 2 --sample_every 0 --epochs 1".split()
+    small = "--batch_size 2 --batches 1 --group_size 2 --sample_every 0 --eval_every 0 --epochs 1".split()
     flags = [*small, "--distilled", str(run / "final"), "--out", str(tmp_path / "rl"), "--resume", str(run)]
     with pytest.raises(models.UserError, match="step_000002 is of acdmd.py, not of rtdmd.py"):
         rtdmd.main(rtdmd.parse_args(flags))
@@ -145,7 +146,7 @@ def test_a_checkpoint_of_the_other_stage_is_refused(run, tmp_path):
 def test_a_run_goes_on_with_the_adapters_it_began_with_only(run, tmp_path):
     import rtdmd
 
-    small = "--batch_size 2 --batches 1 --group_size 2 --sample_every 0".split()
+    small = "--batch_size 2 --batches 1 --group_size 2 --sample_every 0 --eval_every 0".split()
     flags = [*small, "--out", str(tmp_path / "rl"), "--distilled"]
     for name in ("generator_ema", "fake"):  # moved, and written by another library
         folder = tmp_path / "moved" / name

@@ -13,7 +13,8 @@ import rtdmd
 ROOT = Path(__file__).parent.parent
 STAGE_1 = "--batch_size 4 --consistency_batch 2 --rank 4 --steps 4 --fake_update_ratio 2 --gamma 0.5 --ema_decay 0.9"
 STAGE_2 = "--epochs 3 --batch_size 4 --batches 2 --group_size 4 --gamma 0.5 --ema_every 2"
-STAGE_2 += f" --dm_weight 0.01 --bp_weight 0.01 --sample_every 0 --distilled {ROOT}/classroom/adapters/acdmd"
+STAGE_2 += " --dm_weight 0.01 --bp_weight 0.01 --sample_every 0 --eval_every 0"
+STAGE_2 += f" --distilled {ROOT}/classroom/adapters/acdmd"
 
 
 def gradient(loss, parameters):
@@ -64,7 +65,7 @@ def test_an_iteration_of_stage_1(tmp_path, monkeypatch):
     for name in ("fake_score_loss", "consistency", "distribution_matching_loss"):
         monkeypatch.setattr(acdmd, name, spied(name))
     monkeypatch.setattr(acdmd, "step_optimizer", spied_step)
-    flags = f"{STAGE_1} --sample_every 0 --save_every 1 --out {tmp_path}".split()
+    flags = f"{STAGE_1} --sample_every 0 --eval_every 0 --save_every 1 --out {tmp_path}".split()
     acdmd.main(acdmd.parse_args(flags))
     assert updates == ["fake", "fake", "generator"] * 2
     # B began as 0, and moved in iterations 2 and 4; the average follows every iteration
@@ -99,7 +100,7 @@ def test_the_teacher_of_the_matching_loss_is_guided_and_the_fake_score_is_not(tm
 
     monkeypatch.setattr(acdmd, "rollout", spied_rollout)
     monkeypatch.setattr(acdmd, "distribution_matching_loss", spied_matching)
-    flags = f"{STAGE_1} --guidance_scale 2.5 --eta 0.7 --sample_every 0 --out {tmp_path}".split()
+    flags = f"{STAGE_1} --guidance_scale 2.5 --eta 0.7 --sample_every 0 --eval_every 0 --out {tmp_path}".split()
     acdmd.main(acdmd.parse_args(flags))
     assert seen["compared"] == 2
 

@@ -22,8 +22,9 @@ import sample
 from classroom import demo, shapes
 
 ROOT = Path(__file__).parent.parent
-SMALL_1 = "--batch_size 4 --consistency_batch 2 --rank 4 --log_every 1 --sample_every 0 --fake_update_ratio 2".split()
-SMALL_2 = "--batch_size 4 --batches 2 --group_size 4 --consistency_batch 2 --sample_every 0 --ema_every 2".split()
+SMALL_1 = "--batch_size 4 --consistency_batch 2 --rank 4 --log_every 1 --fake_update_ratio 2".split()
+SMALL_2 = "--batch_size 4 --batches 2 --group_size 4 --consistency_batch 2 --ema_every 2".split()
+SMALL_1, SMALL_2 = ([*flags, "--sample_every", "0", "--eval_every", "0"] for flags in (SMALL_1, SMALL_2))
 VOLATILE = ("images_per_s", "seconds", "peak_gb", "mfu")
 
 
@@ -375,20 +376,20 @@ def test_curves_are_drawn_of_what_there_is(tmp_path):
 
 def test_distances_see_a_planted_bias_and_nothing_in_real_scenes():
     metadata = shapes.sample_prompts(600, 3, "heldout")
-    real = demo.distribution(demo.real_scenes(metadata, 5), metadata)
-    again = demo.distribution(demo.real_scenes(metadata, 6), metadata)
+    scorers = rewards.load_scorers({"clipscore": 1.0}, "cpu", models.CLASSROOM)
+    real, again = (demo.distribution(scorers, shapes.pictures(metadata, seed), metadata) for seed in (5, 6))
     rng = np.random.default_rng(7)
     scenes = [shapes.scene(m, rng) for m in metadata]
     for m, scene in zip(metadata, scenes, strict=True):  # every second open colour turns green
         if not any("color" in need for need in m["include"]) and rng.random() < 0.5:
             scene[:] = [(shape, "green", *cell) for shape, _, *cell in scene]
     biased = torch.from_numpy(shapes.render(scenes, rng)).permute(0, 3, 1, 2).float() / 255
-    biased = demo.distribution(biased, metadata)
+    biased = demo.distribution(scorers, biased, metadata)
     (fd, tv, cells), (fd_error, *_) = demo.distance_difference(again, None, real, n=20)
     assert fd < 0.5 and tv < 0.1 and cells < 0.15 and 0 < fd_error < 0.4
     more, error = demo.distance_difference(biased, again, real, n=20)
     assert more[0] > 4 * error[0] and more[1] > 4 * error[1] and more[1] > 0.2 and abs(more[2]) < 0.1
-    black = demo.distribution(torch.zeros(12, 3, 64, 64), metadata[:12])
+    black = demo.distribution(scorers, torch.zeros(12, 3, 64, 64), metadata[:12])
     assert np.isfinite(demo.distances(black, real)).all()
 
 
@@ -401,6 +402,42 @@ def test_frechet_distance_of_two_gaussians():
 
 def test_the_log_is_the_same_however_often_it_is_written(distilled, tmp_path):
     assert stage_1(tmp_path, "--steps", 4, "--log_every", 3, "--save_every", 4) == log(distilled)
+
+
+def test_held_out_evaluation_changes_nothing_and_survives_a_resume(distilled, tmp_path):
+    prompts = tmp_path / "heldout.jsonl"
+    rows = shapes.sample_prompts(6, 0, "validation")
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--eval_every", 2, "--eval_prompts", prompts, "--eval_rewards", "geneval_strict,clipscore"]
+    whole = stage_1(tmp_path / "whole", "--steps", 4, "--save_every", 2, *flags)
+    scored = [row for row in whole if "eval/clipscore" in row]
+    assert [row for row in whole if row not in scored] == log(distilled)
+    assert [row["step"] for row in scored] == [0, 2, 4]
+    assert all({"eval/geneval_strict", "eval/clipscore_error", "eval/fd"} < set(row) for row in scored)
+    assert scored[0]["eval/clipscore"] != scored[2]["eval/clipscore"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/final"), shutil.rmtree(tmp_path / "part/step_000004")
+    assert stage_1(tmp_path / "part", "--steps", 4, "--save_every", 2, *flags, "--resume", tmp_path / "part") == whole
+    # step 0 is the teacher's transformer, walked as the student: sample.py's own numbers for these prompts
+    out = tmp_path / "samples"
+    sample.main(sample.parse_args(["--prompts", str(prompts), "--eval", "clipscore", "--out", str(out)]))
+    summary = json.loads((out / "metadata.json").read_text())["rewards"]
+    assert summary["clipscore"]["mean"] == pytest.approx(scored[0]["eval/clipscore"], abs=1e-5)
+    with pytest.raises(models.UserError, match="--eval_every needs --eval_prompts FILE"):
+        args = acdmd.parse_args(["--model", "sd3", "--prompts", str(prompts), "--eval_every", "5"])
+        rewards.HeldOut(args, "cpu")
+
+
+def test_rewards_of_training_serve_the_evaluation_too(tmp_path):
+    scorers = rewards.load_scorers({"clipscore": 1.0, "geneval": 1.0}, "cpu", models.CLASSROOM)
+    more = rewards.load_scorers({"clipscore": 1.0}, "cpu", models.CLASSROOM, shared=scorers)
+    assert more.scorers[0] is scorers.scorers[0] and more.files.clip() is scorers.scorers[0].clip
+    with pytest.raises(models.UserError, match="holds 0 pictures"):
+        more.features_of_folder(tmp_path)
+    images = torch.rand(3, 3, 64, 64)
+    for i, image in enumerate(images):
+        models.save_grid(image[None], tmp_path / f"{i}.png", 1, gap=0)
+    assert np.allclose(more.features_of_folder(tmp_path), more.features(images), atol=1e-5)
 
 
 def test_ablations_compare_like_with_like(distilled, tmp_path):
