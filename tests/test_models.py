@@ -1,7 +1,5 @@
 """Backbone, adapters and state, on the committed classroom teacher."""
 
-import json
-
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -17,7 +15,7 @@ PROMPTS = ["a red circle above a blue square", "three green crosses", "a cross"]
 def backbone():
     b = models.load("classroom")
     for name in ("generator", "fake"):
-        parameters = models.add_adapter(b.transformer, name, rank=4, alpha=8, generator=models.seeded(name))
+        parameters = models.add_adapter(b.transformer, name, rank=4, generator=models.seeded(name))
         with torch.no_grad():
             for p in parameters:
                 p.copy_(0.05 * torch.randn(p.shape, generator=models.seeded(name, tuple(p.shape))))
@@ -98,7 +96,7 @@ def test_teacher_is_bit_identical_through_training_and_the_base_is_held_once(bac
 def test_an_adapter_under_autocast_keeps_its_input_once():
     transformer = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(8, 4)))
     models.prepare_for_lora(transformer, ["0"])
-    A, B = models.add_adapter(transformer, "a", 2, 4, generator=models.seeded(0))
+    A, B = models.add_adapter(transformer, "a", 2, generator=models.seeded(0))
     B.data.fill_(0.5)
     x, kept = torch.randn(5, 8, generator=models.seeded(1), requires_grad=True), []
     with models.adapters(transformer, "a"), torch.autocast("cpu", torch.bfloat16):
@@ -131,9 +129,10 @@ def test_adapter_file_round_trip_and_refusals(backbone, tmp_path):
 
     refused({k: v for k, v in tensors.items() if k != key}, f"{path}.lora_A.weight is missing")
     refused(tensors | {key: torch.zeros(4, 7)}, "has shape")
-    refused(tensors | {"transformer.nowhere.lora_A.weight": torch.zeros(4, 7)}, "nowhere is no layer of this backbone")
-    refused(tensors | {"transformer.nowhere.alpha": torch.zeros(1)}, "nowhere.alpha is no LoRA matrix")
-    refused(tensors | {key: torch.zeros(5, 128)}, "mixes the ranks")
+    nowhere = {f"transformer.nowhere.{k}.weight": torch.zeros(4, 4) for k in ("lora_A", "lora_B")}
+    refused(tensors | nowhere, "nowhere is no layer of this backbone")
+    refused(tensors | {"transformer.nowhere.alpha": torch.zeros(1)}, "nowhere.lora_A.weight is missing")
+    refused(tensors | {key: torch.zeros(5, 128)}, "A of rank 5 and B of rank 4")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cut short"):
         models.load_adapter(backbone.transformer, "broken", file)
@@ -143,6 +142,8 @@ def test_adapter_file_round_trip_and_refusals(backbone, tmp_path):
 
 def foreign(folder, kind, tensors):
     """The adapter as another tool writes it; returns what load_adapter is given."""
+    # our files hold 2 B and alpha = rank; those of other tools here B and alpha = 2 rank
+    tensors = {key: value / 2 if "lora_B" in key else value for key, value in tensors.items()}
     bare = {key.removeprefix("transformer."): value for key, value in tensors.items()}
     if kind == "peft":  # model.save_pretrained of a PeftModel
         folder.mkdir()
@@ -221,18 +222,6 @@ def test_equal_adapters_are_equal_files(backbone, tmp_path):
     for i in range(8):
         models.save_adapter(backbone.transformer, "generator", tmp_path / str(i))
     assert len({(tmp_path / str(i) / models.LORA_FILE).read_bytes() for i in range(8)}) == 1
-
-
-@pytest.mark.parametrize("prefix", ("", "transformer."))
-@pytest.mark.parametrize("key", ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora"))
-def test_an_adapter_that_is_more_than_plain_lora_is_refused(backbone, tmp_path, prefix, key):
-    models.save_adapter(backbone.transformer, "generator", tmp_path)
-    file = tmp_path / models.LORA_FILE
-    tensors = models.load_tensors(file)
-    for config, said in (({f"{prefix}{key}": {"x": 1}}, f"its {key} is not supported"), ([1], "no JSON object")):
-        models.save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
-        with pytest.raises(models.UserError, match=said):
-            models.read_adapter(tmp_path)
 
 
 def test_export_is_the_stack_merged(backbone, tmp_path):
