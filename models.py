@@ -681,7 +681,9 @@ def fetch(source, flag, parts=PARTS):
         raise UserError(f"no weights at {source}: give a diffusers pipeline folder or a hub id with {flag}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(f"{part}/*.safetensors" for part in parts)]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja"]
+    # no variants, which nobody asked for: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+    patterns += [f"{part}/*model{end}.safetensors" for part in parts for end in ("", "-*")]
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (OSError, ValueError) as error:  # no network, no such repository, not logged in to a gated one
@@ -708,15 +710,27 @@ def load_transformer(cls, folder, dtype):
     with torch.device("meta"):
         model = cls.from_config(config)
     state = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    for file in weight_files(Path(folder)):
         state |= load_tensors(file)
-    if not state:
-        raise UserError(f"no .safetensors weights in {folder}")
     try:
         model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     except RuntimeError as error:  # missing, left-over or misshapen keys, all named
         raise UserError(f"{folder} does not hold a {cls.__name__}: {' '.join(str(error).split())[:500]}") from None
     return model.eval()
+
+
+def weight_files(folder):
+    """The shards that diffusers' index lists, or the one file; no variants that lie beside them, such as `.fp16.`."""
+    names = ["diffusion_pytorch_model.safetensors"]
+    index = folder / f"{names[0]}.index.json"
+    if index.is_file():
+        with named_failure(f"{index} cannot be read"):
+            names = sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        there = ", ".join(sorted(file.name for file in folder.glob("*.safetensors*"))) or "no .safetensors"
+        raise UserError(f"{folder} lacks {(missing or ['its weight_map'])[0]}; there: {there}")
+    return [folder / name for name in names]
 
 
 # all that missing or broken files make safetensors and torch's unpickler raise
@@ -772,6 +786,13 @@ def write_adapter(layers, file):
     save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
 
 
+def one_rank(layers):
+    """{module path: (A, B)}, filled up with zeros to the highest rank."""
+    rank = max(len(A) for A, _ in layers.values())
+    pad = lambda A, B: (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A))))  # noqa: E731
+    return {path: pad(*pair) for path, pair in layers.items()}
+
+
 def adapter_file(source):
     """The file of an adapter: `source`, the one in that folder, or the one in its only subfolder that has one."""
     source = Path(source)
@@ -788,10 +809,7 @@ def adapter_file(source):
         raise UserError(f"no adapter at {source} itself: give one of {', '.join(map(str, sorted(inside)))}")
     for file in (*here, *inside.values()):
         return file
-    raise UserError(
-        f"no adapter at {source}: expected a folder with {LORA_FILE}, as acdmd.py writes final/generator_ema, "
-        "or with PEFT's adapter_model.safetensors, or a .pt file"
-    )
+    raise UserError(f"no adapter at {source}: expected {LORA_FILE} (as in final/generator_ema), a PEFT folder or a .pt")
 
 
 def adapter_config(file):
@@ -819,7 +837,7 @@ def adapter_config(file):
 
 
 def layer_number(config, name, pattern, path):
-    """config[name] for the layer at `path`: that of the first pattern that fits, as PEFT matches them, or the common."""
+    """config[name] for the layer at `path`; of the patterns, as in PEFT, the first that fits counts."""
     own = [value for key, value in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", path)]
     value = own[0] if own else config.get(name)
     if type(value) not in (int, float) or not math.isfinite(value):
@@ -876,9 +894,7 @@ def read_adapter(source):
         layers[path] = A, B
     if not layers:
         raise UserError(f"{file} holds no LoRA matrices")
-    rank = max(len(A) for A, _ in layers.values())
-    pad = lambda A, B: (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A))))  # noqa: E731
-    return {path: pad(*pair) for path, pair in layers.items()}, file
+    return one_rank(layers), file
 
 
 def fingerprint(source):
@@ -891,10 +907,7 @@ def fingerprint(source):
 
 
 def load_adapter(transformer, name, source, trainable=False):
-    """Add adapter `name` from what `read_adapter` reads; what does not fit raises a UserError that names it.
-
-    Layers that the file leaves out stay zero; not so if it is to be trained.
-    """
+    """Add adapter `name` from what `read_adapter` reads; layers left out are zero, what does not fit is an error."""
     layers, file = read_adapter(source)
     modules = lora_modules(transformer)
     left = sorted(set(layers) - set(modules))
@@ -903,11 +916,8 @@ def load_adapter(transformer, name, source, trainable=False):
     for path, (A, B) in layers.items():
         (out_features, in_features), rank = modules[path].base.weight.shape, len(A)
         for key, tensor, shape in (("lora_A", A, (rank, in_features)), ("lora_B", B, (out_features, rank))):
-            if tuple(tensor.shape) != shape:
-                raise UserError(
-                    f"{file}: {path}.{key}.weight has shape {tuple(tensor.shape)}, this backbone needs {shape}; "
-                    "was it trained on another?"
-                )
+            if (has := tuple(tensor.shape)) != shape:
+                raise UserError(f"{file}: {path}.{key}.weight has shape {has}, this backbone needs {shape}")
     missing = [path for path in modules if path not in layers]
     if missing and trainable:
         raise UserError(f"{file}: {missing[0]}.lora_A.weight is missing, and to be trained it must have all layers")
