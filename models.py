@@ -859,8 +859,8 @@ def read_adapter(source):
     for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
         if re.search(OTHER_NAMING, str(key)):
             raise UserError(
-                f"{file}: {key} is another tool's naming; diffusers converts FLUX's: pipe.load_lora_weights(FILE), "
-                "then pipe.save_lora_weights(FOLDER, peft.get_peft_model_state_dict(pipe.transformer))"
+                f"{file}: {key} is another tool's naming; diffusers converts FLUX's: load_lora_weights(FILE, "
+                "adapter_name='default'), save_lora_weights(FOLDER, peft.get_peft_model_state_dict(pipe.transformer))"
             )
         match = re.fullmatch(LORA_KEY, re.sub(WRAPPERS, "", str(key)))
         good = match and isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel()
