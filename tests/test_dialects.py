@@ -320,7 +320,7 @@ DIALECTS = (
         "NaN",
         "flux1",
         tensors(lambda s: first(s, lambda t: t / 0)),
-        "b.safetensors: .*holds numbers that are not finite",
+        "b.safetensors: .* numbers that are not finite",
     ),
     ("integers", "flux1", tensors(lambda s: first(s, torch.Tensor.char)), "is no LoRA matrix"),
     ("half of a pair", "flux1", tensors(lambda s: dict(list(s.items())[1:])), "lora_A.weight is missing"),
