@@ -801,10 +801,10 @@ def adapter_file(source):
             source.open("rb").close()
             return source
         os.listdir(source)
+        here = [source / name for name in ADAPTER_FILES if (source / name).is_file()]
+        inside = {file.parent: file for name in reversed(ADAPTER_FILES) for file in source.glob(f"*/{name}")}
     except OSError as error:
         raise UserError(f"no adapter at {source}: {first_line(error.strerror or error).lower()}") from None
-    here = [source / name for name in ADAPTER_FILES if (source / name).is_file()]
-    inside = {file.parent: file for name in reversed(ADAPTER_FILES) for file in source.glob(f"*/{name}")}
     if not here and len(inside) > 1:
         raise UserError(f"no adapter at {source} itself: give one of {', '.join(map(str, sorted(inside)))}")
     for file in (*here, *inside.values()):
