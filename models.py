@@ -159,13 +159,16 @@ class EMA:
 # LoRA by hand: named adapters on one frozen base
 
 
+LORA_SCALE = 2.0  # alpha / rank of every adapter; a file's own scale goes into B as it is read
+
+
 class LoRALinear(nn.Module):
-    """y = W x + sum over active adapters of (alpha / rank) B A x. The base is frozen; A and B are float32."""
+    """y = W x + 2 B A x summed over the active adapters. The base is frozen; A and B are float32."""
 
     def __init__(self, base, switch):
         super().__init__()
         self.base, self.switch = base, switch
-        self.lora_A, self.lora_B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
 
     def forward(self, x):
         device = x.device.type
@@ -175,7 +178,7 @@ class LoRALinear(nn.Module):
         for name in self.switch.active:
             if name in self.lora_A:
                 low = F.linear(x if mixed else x.to(self.lora_A[name].dtype), self.lora_A[name])
-                y = y + (self.scale[name] * F.linear(low, self.lora_B[name])).to(y.dtype)
+                y = y + (LORA_SCALE * F.linear(low, self.lora_B[name])).to(y.dtype)
         return y
 
 
@@ -211,7 +214,7 @@ def prepare_for_lora(transformer, targets, device=None):
             setattr(parent, leaf, LoRALinear(base, transformer.lora_switch))
 
 
-def add_adapter(transformer, name, rank=32, alpha=64, init_std=None, generator=None, trainable=True):
+def add_adapter(transformer, name, rank=32, *, init_std=None, generator=None, trainable=True):
     """Add adapter `name` to every wrapped Linear: A ~ N(0, init_std^2), default 1/rank (PEFT's "gaussian"), B = 0.
 
     The draws come from a CPU generator, so every rank makes the same. Returns the list of its parameters.
@@ -225,7 +228,6 @@ def add_adapter(transformer, name, rank=32, alpha=64, init_std=None, generator=N
         device = transformer.lora_switch.device or module.base.weight.device
         module.lora_A[name] = nn.Parameter(A.to(device), requires_grad=trainable)
         module.lora_B[name] = nn.Parameter(B.to(device), requires_grad=trainable)
-        module.scale[name] = alpha / rank
     transformer.lora_switch.known.append(name)
     return adapter_parameters(transformer, name)
 
@@ -706,7 +708,9 @@ def fetch(source, flag, parts=PARTS):
         raise UserError(f"no weights at {source}: give a diffusers pipeline folder or a hub id with {flag}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(f"{part}/*.safetensors" for part in parts)]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja"]
+    # no variants, which nobody asked for: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+    patterns += [f"{part}/*model{end}.safetensors" for part in parts for end in ("", "-*")]
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (OSError, ValueError) as error:  # no network, no such repository, not logged in to a gated one
@@ -733,15 +737,27 @@ def load_transformer(cls, folder, dtype):
     with torch.device("meta"):
         model = cls.from_config(config)
     state = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    for file in weight_files(Path(folder)):
         state |= load_tensors(file)
-    if not state:
-        raise UserError(f"no .safetensors weights in {folder}")
     try:
         model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     except RuntimeError as error:  # missing, left-over or misshapen keys, all named
         raise UserError(f"{folder} does not hold a {cls.__name__}: {' '.join(str(error).split())[:500]}") from None
     return model.eval()
+
+
+def weight_files(folder):
+    """The shards that diffusers' index lists, or the one file; no variants that lie beside them, such as `.fp16.`."""
+    names = ["diffusion_pytorch_model.safetensors"]
+    index = folder / f"{names[0]}.index.json"
+    if index.is_file():
+        with named_failure(f"{index} cannot be read"):
+            names = sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        there = ", ".join(sorted(file.name for file in folder.glob("*.safetensors*"))) or "no .safetensors"
+        raise UserError(f"{folder} lacks {(missing or ['its weight_map'])[0]}; there: {there}")
+    return [folder / name for name in names]
 
 
 # all that missing or broken files make safetensors and torch's unpickler raise
@@ -752,6 +768,7 @@ def load_tensors(path):
     """Tensors of a .safetensors file, or of a pickle, of which nothing is executed. A UserError if it is not whole."""
     try:
         if Path(path).suffix == ".safetensors":
+            open(path, "rb").close()  # safetensors says "no such file" where permission is denied
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -764,113 +781,185 @@ def load_tensors(path):
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER_FILES = (LORA_FILE, *(f"adapter_model.{kind}" for kind in ("safetensors", "bin", "pt")))  # diffusers', PEFT's
+WRAPPERS = r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\."  # what torch puts into a module's path
+PREFIX = r"(?:(?:module|base_model\.model|transformer|diffusion_model)\.)*"
+LORA_KEY = PREFIX + r"(.+)\.(alpha|lora_[AB](?:\.([^.]+))?\.weight)"
+OTHER_NAMING = r"lora_unet_|lora[._](?:down|up)|\b(?:double|single|joint)_blocks\b"  # kohya's, the original code's
+PLAIN_INIT = "true false none gaussian orthogonal eva mica".split()  # PEFT's others change the base weights, too
+NOT_PLAIN = "use_dora use_qalora use_bdlora lora_bias kasa_config alora_invocation_tokens layer_replication".split()
 
 
 def save_adapter(transformer, name, folder):
-    """Write folder/pytorch_lora_weights.safetensors in diffusers' naming, for `pipe.load_lora_weights(folder)`."""
+    """Write folder/pytorch_lora_weights.safetensors, for `pipe.load_lora_weights(folder)`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, modules = {}, lora_modules(transformer)
-    for path, m in modules.items():
-        for key, p in (("lora_A", m.lora_A[name]), ("lora_B", m.lora_B[name])):
-            tensors[f"transformer.{path}.{key}.weight"] = p.detach().cpu().contiguous()
-    rank = len(m.lora_A[name])
-    config = {"r": rank, "lora_alpha": m.scale[name] * rank, "target_modules": sorted(modules)}
+    layers = {path: (m.lora_A[name], m.lora_B[name]) for path, m in lora_modules(transformer).items()}
+    write_adapter(layers, folder / LORA_FILE)
+
+
+def write_adapter(layers, file):
+    """Write {module path: (A, B)}, as `read_adapter` returns it, in diffusers' naming.
+
+    B times LORA_SCALE is stored, with alpha = rank: what a tool takes that does not read the metadata.
+    """
+    tensors = {}
+    for path, (A, B) in layers.items():
+        tensors[f"transformer.{path}.lora_A.weight"] = A.detach().cpu().contiguous()
+        tensors[f"transformer.{path}.lora_B.weight"] = (LORA_SCALE * B.detach()).cpu().contiguous()
+    config = {"r": len(A), "lora_alpha": len(A), "target_modules": sorted(layers)}
     config = {f"transformer.{key}": value for key, value in config.items()}
     # one entry: safetensors writes several in random order, and equal adapters shall be equal files
-    save_file(tensors, folder / LORA_FILE, {"lora_adapter_metadata": json.dumps(config)})
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
 
 
-def read_adapter(source):
-    """({module path: {"lora_A": tensor, "lora_B": tensor}}, alpha, file) of an adapter on disk.
+def one_rank(layers):
+    """{module path: (A, B)}, filled up with zeros to the highest rank."""
+    rank = max(len(A) for A, _ in layers.values())
+    pad = lambda A, B: (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A))))  # noqa: E731
+    return {path: pad(*pair) for path, pair in layers.items()}
 
-    Reads what `save_adapter` and diffusers write, a PEFT folder (adapter_model.safetensors, adapter_config.json), and
-    LoRA-only .pt / .pth state dicts, without running any pickled code. Prefixes as `module.` or `base_model.model.` and
-    PEFT's adapter name (`lora_A.default.weight`) are taken off. A .pt holds no alpha: 2 x rank, the published setting.
-    """
+
+def adapter_file(source):
+    """The file of an adapter: `source`, the one in that folder, or the one in its only subfolder that has one."""
     source = Path(source)
-    files = [source] if source.is_file() else [source / LORA_FILE, source / "adapter_model.safetensors"]
-    file = next((f for f in files if f.is_file()), None)
-    if file is None:
-        inside = [str(path.parent) for path in sorted(source.glob(f"*/{LORA_FILE}"))]
-        if inside:
-            raise UserError(f"no adapter at {source} itself: give one of {', '.join(inside)}")
-        raise UserError(
-            f"no adapter at {source}: expected a folder with {LORA_FILE}, as acdmd.py writes final/generator_ema, "
-            "or with PEFT's adapter_model.safetensors, or a .pt file"
-        )
-    tensors, config = load_tensors(file), {}
     try:
+        if not source.is_dir():
+            source.open("rb").close()
+            return source
+        os.listdir(source)
+        here = [source / name for name in ADAPTER_FILES if (source / name).is_file()]
+        inside = {file.parent: file for name in reversed(ADAPTER_FILES) for file in source.glob(f"*/{name}")}
+    except OSError as error:
+        raise UserError(f"no adapter at {source}: {first_line(error.strerror or error).lower()}") from None
+    if not here and len(inside) > 1:
+        raise UserError(f"no adapter at {source} itself: give one of {', '.join(map(str, sorted(inside)))}")
+    for file in (*here, *inside.values()):
+        return file
+    raise UserError(f"no adapter at {source}: expected {LORA_FILE} (as in final/generator_ema), a PEFT folder or a .pt")
+
+
+def adapter_config(file):
+    """LoRA settings that diffusers writes into a .safetensors, or PEFT beside its file; {} where there are none."""
+    config, beside = {}, file.with_name("adapter_config.json")
+    with named_failure(f"{file}: its metadata or adapter_config.json cannot be read"):
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:
                 config = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            if file.name == "adapter_model.safetensors":
-                config = json.loads((file.parent / "adapter_config.json").read_text())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file}: its metadata or adapter_config.json cannot be read: {error}") from None
+        if file.stem == "adapter_model" or not config and file.name != LORA_FILE and beside.is_file():
+            config = json.loads(beside.read_text())
     if not isinstance(config, dict):
         raise UserError(f"{file}: its metadata or adapter_config.json is no JSON object")
     config = {key.removeprefix("transformer."): value for key, value in config.items()}  # diffusers' prefix
-    scaled = [key for key in ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora") if config.get(key)]
-    if scaled:
-        raise UserError(f"{file}: its {scaled[0]} is not supported; only plain LoRA with one rank and one alpha is")
-    modules = {}
+    strange = [f"{key} {config[key]!r}" for key in NOT_PLAIN if config.get(key)]
+    if strange or config.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{file}: its {[*strange, config.get('peft_type')][0]} is not supported; only plain LoRA is")
+    init = str(config.get("init_lora_weights")).lower()
+    if init not in PLAIN_INIT:
+        raise UserError(
+            f"{file}: init_lora_weights={init} changed the base weights that it belongs to; where it was trained, "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...) makes plain LoRA of it"
+        )
+    return config
+
+
+def layer_number(config, name, pattern, path):
+    """config[name] for the layer at `path`; of the patterns, as in PEFT, the first that fits counts."""
+    own = [value for key, value in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", path)]
+    value = own[0] if own else config.get(name)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, and must be a number")
+    return value
+
+
+def read_adapter(source):
+    """({module path: (A [rank, in], B [out, rank])}, file) of an adapter on disk, in float32 and for LORA_SCALE.
+
+    Reads what `save_adapter` and diffusers write, PEFT's folders, and LoRA-only .pt / .pth state dicts, without running
+    any pickled code. Taken off: prefixes as `module.` or `base_model.model.`, PEFT's adapter name
+    (`lora_A.default.weight`). The file's scale, of each layer, goes into B; ranks are filled up to the highest with
+    zeros. Where no alpha is told it is the rank, as diffusers has it, in a .pt twice that, the published setting.
+    """
+    file = adapter_file(source)
+    tensors, config = load_tensors(file), adapter_config(file)
+    found, keys, names = {}, {}, {}
     for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
-        match = re.fullmatch(r"(?:(?:module|base_model\.model|transformer)\.)*(.+)\.(lora_[AB])(?:\.\w+)?\.weight", key)
-        if not match or not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
-            raise UserError(f"{file}: {key} is no LoRA matrix (<layer>.lora_A.weight or .lora_B.weight)")
-        modules.setdefault(match[1], {})[match[2]] = tensor
-    if not modules:
+        if re.search(OTHER_NAMING, str(key)):
+            raise UserError(
+                f"{file}: {key} is another tool's naming; diffusers converts FLUX's: load_lora_weights(FILE, "
+                "adapter_name='default'), save_lora_weights(FOLDER, peft.get_peft_model_state_dict(pipe.transformer))"
+            )
+        match = re.fullmatch(LORA_KEY, re.sub(WRAPPERS, "", str(key)))
+        good = match and isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel()
+        if not good or (tensor.numel() != 1 if match[2] == "alpha" else tensor.ndim != 2):
+            dora = " but DoRA" if re.search("dora|magnitude", str(key)) else ""
+            raise UserError(f"{file}: {key} is no LoRA matrix{dora} (<layer>.lora_A.weight or .lora_B.weight)")
+        path, kind = match[1], match[2][:6]
+        if kind != "alpha":
+            names.setdefault(match[3], key)
+        twice = [keys[path, kind], key] if (path, kind) in keys else list(names.values())
+        if len(twice) > 1:
+            raise UserError(f"{file}: {twice[0]} and {twice[1]} are of two adapters: leave one of them out")
+        keys[path, kind] = key
+        found.setdefault(path, {})[kind] = tensor.float()
+    layers = {}
+    for path, own in found.items():
+        for kind in ("lora_A", "lora_B"):
+            if kind not in own:
+                raise UserError(f"{file}: {path}.{kind}.weight is missing")
+        A, B, rank = own["lora_A"], own["lora_B"], len(own["lora_A"])
+        alpha = rank if file.suffix == ".safetensors" else 2 * rank
+        with named_failure(f"{file}: {path}"):
+            said = layer_number(config, "r", "rank_pattern", path) if "r" in config else rank
+            alpha = layer_number(config, "lora_alpha", "alpha_pattern", path) if config else alpha
+        alpha = own["alpha"].item() if "alpha" in own else alpha
+        if not rank == said == B.shape[1]:
+            raise UserError(f"{file}: {path} has A of rank {rank} and B of rank {B.shape[1]}; its settings say {said}")
+        B = B * (alpha / (rank**0.5 if config.get("use_rslora") else rank) / LORA_SCALE)
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise UserError(f"{file}: {path} holds numbers that are not finite")
+        layers[path] = A, B
+    if not layers:
         raise UserError(f"{file} holds no LoRA matrices")
-    ranks = {len(pair["lora_A"]) for pair in modules.values() if "lora_A" in pair}
-    if len(ranks) > 1:
-        raise UserError(f"{file} mixes the ranks {sorted(ranks)}: an adapter has one rank")
-    rank = max(ranks, default=0)
-    # without metadata diffusers takes alpha = rank; the authors' .pt files have twice that
-    default = rank if file.suffix == ".safetensors" else 2 * rank
-    return modules, config.get("lora_alpha", default), file
+    return one_rank(layers), file
 
 
 def fingerprint(source):
     """A hash of an adapter's numbers, whatever file holds them."""
-    modules, alpha, _ = read_adapter(source)
-    digest = hashlib.sha256(str(alpha).encode())
-    for path, pair in sorted(modules.items()):
-        for key, tensor in sorted(pair.items()):
-            digest.update(f"{path} {key} {tuple(tensor.shape)}".encode() + tensor.float().numpy().tobytes())
+    digest = hashlib.sha256()
+    for path, pair in sorted(read_adapter(source)[0].items()):
+        for tensor in pair:
+            digest.update(f"{path} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
 def load_adapter(transformer, name, source, trainable=False):
-    """Add adapter `name` from what `read_adapter` reads; a key that does not fit raises a UserError that names it."""
-    tensors, alpha, file = read_adapter(source)
-    modules, rank = lora_modules(transformer), None
-    for path, m in modules.items():
-        pair, (out_features, in_features) = tensors.get(path, {}), m.base.weight.shape
-        rank = rank or len(pair.get("lora_A", ()))
-        for key, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
-            if key not in pair:
-                raise UserError(
-                    f"{file}: {path}.{key}.weight is missing; was this adapter trained on another backbone?"
-                )
-            if tuple(pair[key].shape) != shape:
-                raise UserError(
-                    f"{file}: {path}.{key}.weight has shape {tuple(pair[key].shape)}, this backbone needs {shape}; "
-                    "was it trained on another?"
-                )
-    left = sorted(set(tensors) - set(modules))
+    """Add adapter `name` from what `read_adapter` reads; layers left out are zero, what does not fit is an error."""
+    layers, file = read_adapter(source)
+    modules = lora_modules(transformer)
+    left = sorted(set(layers) - set(modules))
     if left:
         raise UserError(f"{file}: {left[0]} is no layer of this backbone that takes adapters ({len(left)} such)")
-    add_adapter(transformer, name, rank, alpha, trainable=trainable)
+    for path, (A, B) in layers.items():
+        (out_features, in_features), rank = modules[path].base.weight.shape, len(A)
+        for key, tensor, shape in (("lora_A", A, (rank, in_features)), ("lora_B", B, (out_features, rank))):
+            if (has := tuple(tensor.shape)) != shape:
+                raise UserError(f"{file}: {path}.{key}.weight has shape {has}, this backbone needs {shape}")
+    missing = [path for path in modules if path not in layers]
+    if missing and trainable:
+        raise UserError(f"{file}: {missing[0]}.lora_A.weight is missing, and to be trained it must have all layers")
+    if missing and not (dist.is_initialized() and dist.get_rank()):
+        print(f"{file}: an adapter of {len(layers)} of the {len(modules)} layers that take one; zero on the others")
+    add_adapter(transformer, name, rank, init_std=0.0, trainable=trainable)
     with torch.no_grad():
-        for path, m in modules.items():
-            m.lora_A[name].copy_(tensors[path]["lora_A"])
-            m.lora_B[name].copy_(tensors[path]["lora_B"])
+        for path, (A, B) in layers.items():
+            modules[path].lora_A[name].copy_(A)
+            modules[path].lora_B[name].copy_(B)
     return adapter_parameters(transformer, name)
 
 
 def merge_adapters(transformer, names):
-    """State dict of the transformer as published, with the adapters added in: W + (alpha / rank) B A, in W's dtype."""
+    """State dict of the transformer as published, with the adapters added in: W + 2 B A, in W's dtype."""
     state = {}
     for key, value in transformer.state_dict().items():
         if ".lora_A." not in key and ".lora_B." not in key:
@@ -878,7 +967,7 @@ def merge_adapters(transformer, names):
     for path, m in lora_modules(transformer).items():
         weight = m.base.weight.float()
         for name in names:
-            weight = weight + m.scale[name] * (m.lora_B[name] @ m.lora_A[name])
+            weight = weight + LORA_SCALE * (m.lora_B[name] @ m.lora_A[name])
         state[f"{path}.weight"] = weight.to(m.base.weight.dtype)
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
@@ -1216,7 +1305,7 @@ class Run:
                 load_adapter(network, name, self.state["folder"] / name, trainable)
             else:
                 init = seeded(self.args.seed, "init", name.removesuffix("_ema"))
-                add_adapter(network, name, rank, 2 * rank, init_std, init, trainable)
+                add_adapter(network, name, rank, init_std=init_std, generator=init, trainable=trainable)
         return [adapter_parameters(network, name) for name, network in networks.items()]
 
     def begin(self, backbone, pairs, optimizers, images):

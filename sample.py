@@ -49,6 +49,7 @@ def parse_args(argv=None):
         type=models.path,
         help="write the transformer with the adapters merged in to this new folder, and stop",
     )
+    add("--export_lora", type=models.path, help="write the adapters as one to this new .safetensors file, and stop")
     add("--eta", type=between(0, 1), help="CPS stochasticity (default 0.9 at 4 steps, else 0)")
     add("--guidance_scale", type=between(0), help="default 1 at 4 steps, else the teacher's")
     add("--eval", help="rewards to report, name=weight,...: for example clipscore=1,geneval=1")
@@ -74,6 +75,9 @@ def parse_args(argv=None):
         p.error("give --prompt or --prompts, not both")
     if args.export and args.export.exists():
         p.error(f"--export {args.export} exists: give a new folder")
+    new = args.export_lora
+    if new and (not args.lora or args.export or new.suffix != ".safetensors" or new.exists()):
+        p.error(f"--export_lora {new}: needs --lora, no --export, and a new file that ends in .safetensors")
     if args.out is None:
         names = (Path(f"out/samples_{i}" if i > 1 else "out/samples") for i in itertools.count(1))
         args.out = next(name for name in names if is_free(name))
@@ -88,7 +92,7 @@ def parse_args(argv=None):
     except models.UserError as error:
         p.error(str(error))
     alone = args.eval and all(rewards.SCORERS[name] in routed for name in args.eval)
-    if not (args.prompt or args.prompts or args.export or alone) and args.model != "classroom":
+    if not (args.prompt or args.prompts or args.export or args.export_lora or alone) and args.model != "classroom":
         p.error(f"--model {args.model} needs --prompts FILE or --prompt TEXT")
     return args
 
@@ -183,10 +187,13 @@ def prompt_sets(args):
 
 def main(args):
     rank, world_size, device = models.setup_distributed(args.device)
-    sets, weights = prompt_sets(args) if not args.export else ([], {})
-    folder = args.export.parent if args.export else args.out
+    target = args.export or args.export_lora
+    sets, weights = prompt_sets(args) if not target else ([], {})
+    folder = target.parent if target else args.out
     with models.named_failure(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
+    if args.export_lora:
+        return export_lora(args.lora, args.export_lora) if rank == 0 else None
     for folder in args.lora:
         models.read_adapter(folder)  # is it whole? Known before the models load
     scorers = None
@@ -255,6 +262,23 @@ def export(backbone, folder):
     merged.save_pretrained(folder)
     name = type(network).__name__
     print(f'{folder}: {name}.from_pretrained("{folder}"), or transformer= of the pipeline; sample it with few steps')
+
+
+def export_lora(folders, file):
+    """Write the adapters as one, since B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2]; its rank is the sum of theirs."""
+    stack = [models.read_adapter(folder)[0] for folder in folders]
+    layers, aside = {}, file.with_name(f".{file.name}.partial")
+    with models.named_failure(f"cannot write --export_lora {file}"):
+        for path in sorted({path for adapter in stack for path in adapter}):
+            A, B = zip(*(adapter[path] for adapter in stack if path in adapter), strict=True)
+            layers[path] = torch.cat(A), torch.cat(B, 1)
+        try:
+            models.write_adapter(models.one_rank(layers), aside)
+            models.flush(aside)
+            aside.rename(file)
+        finally:
+            aside.unlink(missing_ok=True)
+    print(f"{file}: {len(stack)} adapters as one, as --lora and diffusers' load_lora_weights read it")
 
 
 def plain(value):

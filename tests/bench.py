@@ -112,7 +112,7 @@ def main(args):
     networks = {"generator": backbone.student, "fake": backbone.transformer}
     optimizers = {}
     for name, network in networks.items():
-        parameters = models.add_adapter(network, name, 32, 64, generator=models.seeded(name))
+        parameters = models.add_adapter(network, name, 32, generator=models.seeded(name))
         optimizers[name] = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
         backbone.roles[name] = (name,)
     models.set_up_blocks(backbone, args.checkpointing, n + 2 * (one.consistency_batch or n), args.compile)

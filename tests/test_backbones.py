@@ -113,8 +113,8 @@ def test_flux2_keeps_two_frozen_transformers_and_each_role_its_own(folders):
         "flux2-4b", folders / "flux2-4b", resolution=64, generator_weights=folders / "flux2-4b-student"
     )
     assert backbone.student is not backbone.transformer and len(backbone.networks()) == 2
-    models.add_adapter(backbone.student, "generator", 2, 4)
-    models.add_adapter(backbone.transformer, "fake", 2, 4)
+    models.add_adapter(backbone.student, "generator", 2)
+    models.add_adapter(backbone.transformer, "fake", 2)
     backbone.roles |= {"generator": ("generator",), "fake": ("fake",)}
     x, cond = torch.randn(1, *backbone.latent_shape), backbone.encode(["a circle"])
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_flux2_keeps_two_frozen_transformers_and_each_role_its_own(folders):
 @pytest.mark.parametrize("model", ("flux1", "flux2-4b"))
 def test_adapters_load_in_diffusers(folders, tmp_path, model):
     backbone = models.load(model, folders / model, resolution=64)
-    for p in models.add_adapter(backbone.student, "mine", 2, 4, generator=models.seeded("a")):
+    for p in models.add_adapter(backbone.student, "mine", 2, generator=models.seeded("a")):
         p.data += 0.1 * torch.randn(p.shape, generator=models.seeded("b", tuple(p.shape)))
     backbone.roles["generator"] = ("mine",)
     models.save_adapter(backbone.student, "mine", tmp_path)
@@ -233,7 +233,7 @@ def test_compiled_blocks_compute_the_same_for_every_role(monkeypatch):
     monkeypatch.setattr(config, fail, True)
     backbone = models.load("classroom")
     for name in ("generator", "fake"):
-        for p in models.add_adapter(backbone.transformer, name, 4, 8, generator=models.seeded(name)):
+        for p in models.add_adapter(backbone.transformer, name, 4, generator=models.seeded(name)):
             p.data += 0.05 * torch.randn(p.shape, generator=models.seeded("B", name, tuple(p.shape)))
         backbone.roles[name] = (name,)
     x, cond = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x")), backbone.encode(["a circle"] * 3)

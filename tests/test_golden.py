@@ -118,10 +118,11 @@ def lora_merge(x, p, want):
     models.prepare_for_lora(model, models.SD3.lora_targets)
     marks = ["", "2"] if "rank2" in vars(p) else [""]
     for mark in marks:
-        models.add_adapter(model, f"lora{mark}", vars(p)[f"rank{mark}"], p.alpha)
+        rank = vars(p)[f"rank{mark}"]
+        models.add_adapter(model, f"lora{mark}", rank)
         for path, m in lora_modules(model).items():
             m.lora_A[f"lora{mark}"].data.copy_(x[f"{path}/A{mark}"])
-            m.lora_B[f"lora{mark}"].data.copy_(x[f"{path}/B{mark}"])
+            m.lora_B[f"lora{mark}"].data.copy_(x[f"{path}/B{mark}"] * (p.alpha / rank / models.LORA_SCALE))
     effective = lambda: {path: m(torch.eye(m.base.in_features)).T for path, m in lora_modules(model).items()}  # noqa: E731
     assert all(torch.equal(W, base[path]) for path, W in effective().items())  # all adapters off
     with models.adapters(model, *[f"lora{mark}" for mark in marks]):
@@ -161,7 +162,8 @@ def tiny_sd3(topic, p, vae=None, roles=("generator", "fake")):
     pipe = SimpleNamespace(transformer=transformer, vae=vae or torch.nn.Identity(), scheduler=None, vae_scale_factor=1)
     backbone = models.SD3(pipe, resolution=config["sample_size"], text_tokens=0)
     for role in roles:
-        models.add_adapter(transformer, role, p.lora_rank, p.lora_alpha)
+        assert p.lora_alpha == models.LORA_SCALE * p.lora_rank
+        models.add_adapter(transformer, role, p.lora_rank)
         backbone.roles[role] = (role,)
         parameters = lora_tensors(backbone, role)
         golden = weights(topic, f"{base.removesuffix('_base')}_{role}_lora")

@@ -1,6 +1,8 @@
 """Backbone, adapters and state, on the committed classroom teacher."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ PROMPTS = ["a red circle above a blue square", "three green crosses", "a cross"]
 def backbone():
     b = models.load("classroom")
     for name in ("generator", "fake"):
-        parameters = models.add_adapter(b.transformer, name, rank=4, alpha=8, generator=models.seeded(name))
+        parameters = models.add_adapter(b.transformer, name, rank=4, generator=models.seeded(name))
         with torch.no_grad():
             for p in parameters:
                 p.copy_(0.05 * torch.randn(p.shape, generator=models.seeded(name, tuple(p.shape))))
@@ -98,7 +100,7 @@ def test_teacher_is_bit_identical_through_training_and_the_base_is_held_once(bac
 def test_an_adapter_under_autocast_keeps_its_input_once():
     transformer = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(8, 4)))
     models.prepare_for_lora(transformer, ["0"])
-    A, B = models.add_adapter(transformer, "a", 2, 4, generator=models.seeded(0))
+    A, B = models.add_adapter(transformer, "a", 2, generator=models.seeded(0))
     B.data.fill_(0.5)
     x, kept = torch.randn(5, 8, generator=models.seeded(1), requires_grad=True), []
     with models.adapters(transformer, "a"), torch.autocast("cpu", torch.bfloat16):
@@ -131,9 +133,10 @@ def test_adapter_file_round_trip_and_refusals(backbone, tmp_path):
 
     refused({k: v for k, v in tensors.items() if k != key}, f"{path}.lora_A.weight is missing")
     refused(tensors | {key: torch.zeros(4, 7)}, "has shape")
-    refused(tensors | {"transformer.nowhere.lora_A.weight": torch.zeros(4, 7)}, "nowhere is no layer of this backbone")
-    refused(tensors | {"transformer.nowhere.alpha": torch.zeros(1)}, "nowhere.alpha is no LoRA matrix")
-    refused(tensors | {key: torch.zeros(5, 128)}, "mixes the ranks")
+    nowhere = {f"transformer.nowhere.{k}.weight": torch.zeros(4, 4) for k in ("lora_A", "lora_B")}
+    refused(tensors | nowhere, "nowhere is no layer of this backbone")
+    refused(tensors | {"transformer.nowhere.alpha": torch.zeros(1)}, "nowhere.lora_A.weight is missing")
+    refused(tensors | {key: torch.zeros(5, 128)}, "A of rank 5 and B of rank 4")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cut short"):
         models.load_adapter(backbone.transformer, "broken", file)
@@ -143,6 +146,8 @@ def test_adapter_file_round_trip_and_refusals(backbone, tmp_path):
 
 def foreign(folder, kind, tensors):
     """The adapter as another tool writes it; returns what load_adapter is given."""
+    # our files hold 2 B and alpha = rank; those of other tools here B and alpha = 2 rank
+    tensors = {key: value / 2 if "lora_B" in key else value for key, value in tensors.items()}
     bare = {key.removeprefix("transformer."): value for key, value in tensors.items()}
     if kind == "peft":  # model.save_pretrained of a PeftModel
         folder.mkdir()
@@ -223,18 +228,6 @@ def test_equal_adapters_are_equal_files(backbone, tmp_path):
     assert len({(tmp_path / str(i) / models.LORA_FILE).read_bytes() for i in range(8)}) == 1
 
 
-@pytest.mark.parametrize("prefix", ("", "transformer."))
-@pytest.mark.parametrize("key", ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora"))
-def test_an_adapter_that_is_more_than_plain_lora_is_refused(backbone, tmp_path, prefix, key):
-    models.save_adapter(backbone.transformer, "generator", tmp_path)
-    file = tmp_path / models.LORA_FILE
-    tensors = models.load_tensors(file)
-    for config, said in (({f"{prefix}{key}": {"x": 1}}, f"its {key} is not supported"), ([1], "no JSON object")):
-        models.save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
-        with pytest.raises(models.UserError, match=said):
-            models.read_adapter(tmp_path)
-
-
 def test_export_is_the_stack_merged(backbone, tmp_path):
     import sample
 
@@ -252,6 +245,101 @@ def test_export_is_the_stack_merged(backbone, tmp_path):
     latents = models.sample_latents(backbone, PROMPTS, backbone.sigmas(4), role="both")
     with torch.no_grad():
         assert (backbone.decode(latents) - want).abs().max() < 1e-4
+
+
+def test_a_stack_is_written_as_one_adapter(backbone, tmp_path):
+    """Of ranks 4 and 3, the second on some layers only; loaded by us, and by diffusers with and without settings."""
+    import sample
+
+    models.save_adapter(backbone.transformer, "generator", tmp_path / "a")
+    some = {path: pair for path, pair in models.read_adapter(tmp_path / "a")[0].items() if path.endswith("to_q")}
+    some = {path: (A[1:].flip(0), 3 * B[:, 1:]) for path, (A, B) in some.items()}
+    models.write_adapter(some, tmp_path / "b.safetensors")
+    stack, file = ["--lora", str(tmp_path / "a"), "--lora", str(tmp_path / "b.safetensors")], tmp_path / "c.safetensors"
+    sample.main(sample.parse_args([*stack, "--export_lora", str(file)]))
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["a", "b.safetensors", "c.safetensors"]
+    models.save_file(models.load_file(file), tmp_path / "bare.safetensors")
+    x, cond = torch.randn(3, *backbone.latent_shape, generator=models.seeded("x")), backbone.encode(PROMPTS)
+    models.load_adapter(backbone.transformer, "some", tmp_path / "b.safetensors")
+    models.load_adapter(backbone.transformer, "one", file)
+    assert {len(p) for p in models.adapter_parameters(backbone.transformer, "one")[::2]} == {7}
+    backbone.roles |= {"stack": ("generator", "some"), "one": ("one",)}
+    with torch.no_grad():
+        v = {role: backbone.velocity(role, x, 0.5, cond) for role in ("stack", "one", "generator", "teacher")}
+        assert (v["one"] - v["stack"]).abs().max() < 1e-5 < (v["stack"] - v["generator"]).abs().max()
+        for name in ("c", "bare"):
+            pipe = StableDiffusion3Pipeline.from_pretrained(models.CLASSROOM / "teacher")
+            pipe.load_lora_weights(tmp_path / f"{name}.safetensors")
+            theirs = backbone.predict(pipe.transformer, x, torch.full((3,), 0.5), cond, 1.0)
+            assert (theirs - v["stack"]).abs().max() < 1e-5
+
+
+def test_a_stack_that_cannot_be_written_leaves_nothing(backbone, tmp_path, monkeypatch, capsys):
+    import sample
+
+    models.save_adapter(backbone.transformer, "generator", tmp_path / "a")
+    flags, file = ["--lora", str(tmp_path / "a"), "--export_lora"], tmp_path / "c.safetensors"
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(models, "save_file", full)
+    with pytest.raises(models.UserError, match="cannot write --export_lora .*c.safetensors: .*No space left"):
+        sample.main(sample.parse_args([*flags, str(file)]))
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    for wrong in ([*flags, str(tmp_path / "a")], [*flags, str(tmp_path / "c")], ["--export_lora", str(file)]):
+        with pytest.raises(SystemExit):
+            sample.parse_args(wrong)
+        assert "needs --lora, no --export, and a new file that ends in .safetensors" in capsys.readouterr().err
+
+
+def test_an_adapter_is_the_same_whatever_scale_its_file_tells(backbone, tmp_path):
+    """Bit for bit, for scales that are powers of two; so is the hash that stage 2 remembers it by."""
+    models.save_adapter(backbone.transformer, "generator", tmp_path)
+    prints, parameters = [], models.adapter_parameters(backbone.transformer, "generator")
+    tensors = models.load_file(tmp_path / models.LORA_FILE)
+    for scale in (1, 2, 16):
+        state = {key: t / scale if "lora_B" in key else t for key, t in tensors.items()}
+        config = {"transformer.r": 4, "transformer.lora_alpha": 4.0 * scale}
+        file = tmp_path / f"{scale}.safetensors"
+        models.save_file(state, file, {"lora_adapter_metadata": json.dumps(config)})
+        prints.append(models.fingerprint(file))
+        for p, loaded in zip(parameters, models.load_adapter(backbone.transformer, f"x{scale}", file), strict=True):
+            assert torch.equal(p, loaded)
+    torch.save(
+        {key: t / 2 if "lora_B" in key else t for key, t in tensors.items()}, tmp_path / "a.pt"
+    )  # alpha = 2 rank
+    assert {*prints, models.fingerprint(tmp_path / "a.pt")} == {models.fingerprint(tmp_path)}
+
+
+def test_an_adapter_of_some_layers_is_told_and_is_not_trained(backbone, tmp_path, capsys):
+    models.save_adapter(backbone.transformer, "generator", tmp_path)
+    layers = dict(list(models.read_adapter(tmp_path)[0].items())[:5])
+    models.write_adapter(layers, tmp_path / models.LORA_FILE)
+    models.load_adapter(backbone.transformer, "part", tmp_path)
+    n = len(models.lora_modules(backbone.transformer))
+    assert f"an adapter of 5 of the {n} layers that take one; zero on the others" in capsys.readouterr().out
+    with pytest.raises(models.UserError, match="lora_A.weight is missing, and to be trained it must have all layers"):
+        models.load_adapter(backbone.transformer, "trained", tmp_path, trainable=True)
+
+
+@pytest.mark.parametrize("what", ("folder", "file", "file inside"))
+def test_what_may_not_be_read_is_not_called_missing(backbone, tmp_path, monkeypatch, what):
+    models.save_adapter(backbone.transformer, "generator", tmp_path / "a")
+    locked = tmp_path / "a" if what == "folder" else tmp_path / "a" / models.LORA_FILE
+    source = tmp_path / "a" if what == "file inside" else locked
+
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    if os.geteuid() == 0:  # root may read all
+        call = {"folder": "os.listdir", "file": "pathlib.Path.open", "file inside": "builtins.open"}
+        monkeypatch.setattr(call[what], denied)
+    locked.chmod(0)
+    with pytest.raises(models.UserError, match="(?i)permission denied"):
+        models.read_adapter(source)
+    locked.chmod(0o700)
 
 
 def test_stage_2_losses_equal_stage_1_at_s_0(backbone):

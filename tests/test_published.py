@@ -1,23 +1,28 @@
 """The published checkpoints' keys and shapes, rebuilt on the meta device, against what is known of the files.
 
 modelscope/DiffSynth-Studio (model_configs.py, commit fed7b18f) knows the files by the md5 of their keys and shapes; the
-sha256 here are of lists with those md5.
+sha256 here are of lists with those md5. The transformers' numbers are the published config.json's.
 """
 
 import hashlib
+import json
 
+import bench
+import diffusers
+import huggingface_hub
 import pytest
 import tiny_rewards
 import torch
 import transformers
 from bench_rewards import qwen2vl_config
 
+import models
 import rewards
 
 
-def digest(state):
-    """(number of tensors, start of the sha256 of "key [shape]" lines) of {key: tensor}."""
-    lines = "\n".join(f"{key} {list(state[key].shape)}" for key in sorted(state))
+def digest(state, shapes=True):
+    """(number of tensors, start of the sha256 of "key [shape]" lines, or of the keys alone) of {key: tensor}."""
+    lines = "\n".join(f"{key} {list(state[key].shape)}" if shapes else key for key in sorted(state))
     return len(state), hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
@@ -112,3 +117,123 @@ def test_numbers_that_no_key_shows():
     clip, vision = transformers.CLIPConfig(**rewards.HPSv2.CONFIG), rewards.ImageReward.VISION
     assert clip.vision_config.hidden_act == clip.text_config.hidden_act == "gelu"  # OpenAI's models: quick_gelu
     assert vision["layer_norm_eps"] == 1e-6 and rewards.ImageReward.TEXT["layer_norm_eps"] == 1e-12
+
+
+FLUX = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
+SCHEDULERS = {"sd3": {}, "sd35": {}, "flux1": FLUX, "flux2-4b": FLUX, "flux2-9b": FLUX}  # all with shift 3
+TRANSFORMERS = {  # tensors; numbers in them (SD3: with its table of positions); start of the sha256, with shapes or not
+    "sd3": (None, 2_084_951_104, None, None),
+    "sd35": (909, 2.47e9, None, None),  # the file has 4.94 GB in two bytes a number
+    "flux1": (1160, 23_802_816_640 // 2, "17931a3e1a0300ec", False),  # the three shards' total_size is in bytes
+    "flux2-4b": (169, None, "40f0bfd9af3b4564", True),
+    "flux2-9b": (233, None, "293c43ce341a7032", True),
+}
+LEVELS = {  # of four steps; FLUX: at 512 x 512
+    "sd3": (1, 0.9, 0.75, 0.5),
+    "sd35": (1, 0.9, 0.75, 0.5),
+    "flux1": (1, 0.849, 0.652, 0.385),
+    "flux2-4b": (1, 0.958, 0.884, 0.717),
+    "flux2-9b": (1, 0.958, 0.884, 0.717),
+}
+
+
+@pytest.mark.parametrize("model", TRANSFORMERS)
+def test_transformers_have_the_published_tensors(model):
+    tensors, numbers, sha, shapes = TRANSFORMERS[model]
+    network = getattr(diffusers, models.BACKBONES[model]["family"].network_class)
+    with torch.device("meta"):
+        state = network(**bench.PUBLISHED[model]).state_dict()
+    if sha:
+        assert digest(state, shapes) == (tensors, sha)
+    assert tensors in (len(state), None)
+    assert numbers is None or sum(t.numel() for t in state.values()) == pytest.approx(
+        numbers, rel=0.001 * (model == "sd35")
+    )
+
+
+@pytest.mark.parametrize("model", LEVELS)
+def test_few_step_levels_are_those_of_the_published_schedulers(model):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, **SCHEDULERS[model])
+    family = models.BACKBONES[model]["family"].family
+    levels = models.few_step_sigmas(scheduler, models.FEW_STEPS, (512 // 16) ** 2, family)
+    assert levels == pytest.approx([*LEVELS[model], 0], abs=5e-4)
+
+
+LAYOUTS = {  # files of a published transformer folder; what an index lists, if there is one
+    "SD3-M": (["{}.safetensors", "{}.fp16.safetensors"], None),
+    "FLUX.2-klein-4B": (["{}.safetensors"], None),
+    "FLUX.1-dev": ([f"{{}}-0000{i}-of-00003.safetensors" for i in (1, 2, 3)], "{}.safetensors.index.json"),
+    "with variants": (
+        ["{}-00001-of-00002.safetensors", "{}-00002-of-00002.safetensors"]
+        + ["{}.fp16-00001-of-00002.safetensors", "{}.fp16-00002-of-00002.safetensors"],
+        "{}.safetensors.index.json",
+    ),
+}
+
+
+def write_layout(folder, layout):
+    """The classroom's transformer in such files; those of the variant hold zeros."""
+    files, index = LAYOUTS[layout]
+    source = models.CLASSROOM / "teacher/transformer"
+    state = models.load_file(source / "diffusion_pytorch_model.safetensors")
+    folder.mkdir()
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    for variant in ("", ".fp16"):
+        shards = [name.format("diffusion_pytorch_model") for name in files if (".fp16" in name) == bool(variant)]
+        split = {key: shards[i % len(shards)] for i, key in enumerate(state)} if shards else {}
+        for shard in shards:
+            part = {key: t.half() * 0 if variant else t for key, t in state.items() if split[key] == shard}
+            models.save_file(part, folder / shard)
+        if index and shards:
+            name = index.format("diffusion_pytorch_model").replace(".index", f".index{variant}")
+            (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": split}))
+    return state
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_transformer_is_what_the_index_lists(tmp_path, layout):
+    state = write_layout(tmp_path / "a", layout)
+    network = models.load_transformer(diffusers.SD3Transformer2DModel, tmp_path / "a", torch.float32)
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+def test_a_folder_without_its_weights_is_told_with_what_is_there(tmp_path):
+    def refused(match):
+        with pytest.raises(models.UserError, match=match) as error:
+            models.load_transformer(diffusers.SD3Transformer2DModel, tmp_path / "a", torch.float32)
+        assert "\n" not in str(error.value)
+
+    write_layout(tmp_path / "a", "with variants")
+    index = tmp_path / "a/diffusion_pytorch_model.safetensors.index.json"
+    (tmp_path / "a/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    refused("lacks diffusion_pytorch_model-00002-of-00002.safetensors; there: diffusion_pytorch_model-00001-of-00002")
+    index.write_text("{}")
+    refused("lacks its weight_map; there: ")
+    index.write_text("{half")
+    refused("index.json cannot be read: ")
+    index.unlink()
+    refused("lacks diffusion_pytorch_model.safetensors; there: .*fp16-00001")
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        file.unlink()
+    refused("lacks diffusion_pytorch_model.safetensors; there: no .safetensors|there: .*index.fp16.json")
+
+
+def test_the_download_leaves_variants_and_single_file_weights_out(monkeypatch, tmp_path):
+    wanted = """model_index.json tokenizer/vocab.json tokenizer/merges.txt tokenizer_3/spiece.model
+        transformer/config.json transformer/diffusion_pytorch_model.safetensors.index.json
+        transformer/diffusion_pytorch_model-00001-of-00003.safetensors vae/diffusion_pytorch_model.safetensors
+        text_encoder/model.safetensors text_encoder_3/model-00002-of-00002.safetensors"""
+    others = """flux1-dev.safetensors ae.safetensors text_encoder/model.fp16.safetensors
+        text_encoder_3/model.fp16-00001-of-00002.safetensors transformer/diffusion_pytorch_model.fp16.safetensors
+        transformer/diffusion_pytorch_model.bf16-00001-of-00002.safetensors vae/diffusion_pytorch_model.fp16.safetensors
+        text_encoder/flax_model.msgpack text_encoder_4/model.safetensors"""
+    patterns = {}
+
+    def snapshot_download(source, **options):
+        patterns.update(options)
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    models.fetch("somebody/something", "--weights")
+    files = [*wanted.split(), *others.split()]
+    assert list(huggingface_hub.utils.filter_repo_objects(files, **patterns)) == wanted.split()

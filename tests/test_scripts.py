@@ -306,7 +306,7 @@ def test_a_rollout_has_gradient_in_its_last_step_only(k, monkeypatch):
     spied = lambda *args, **kwargs: seen.append(torch.is_grad_enabled()) or velocity(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(backbone, "velocity", spied)
     backbone.roles["generator"] = ("generator",)
-    models.add_adapter(backbone.student, "generator", 2, 4)
+    models.add_adapter(backbone.student, "generator", 2)
     cond, levels = backbone.encode(["a circle"]), backbone.sigmas()[: k + 1]
     noise = models.Noise(0, range(1), backbone.latent_shape, "cpu")
     x = acdmd.rollout(backbone, cond, levels, 0.9, noise, grad=True)
