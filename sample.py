@@ -15,6 +15,8 @@ Several processes share the batches; pictures and scores are those of one proces
 
 import itertools
 import json
+import os
+import re
 import time
 from pathlib import Path
 
@@ -43,6 +45,7 @@ def parse_args(argv=None):
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
     add("--prompts", type=models.path, help=".txt, .jsonl or .json; default: the classroom's held-out captions")
     add("--n_images", type=at_least(1), help="the first n prompts (classroom default 48, else all of the file)")
+    add("--per_prompt", type=at_least(1), help='pictures of each prompt (default: its "n" in the file, else 1)')
     add("--steps", type=at_least(1), default=4, help="4: few-step CPS; another number: the pipeline's schedule, Euler")
     add(
         "--export",
@@ -133,13 +136,21 @@ def bootstrap_error(values, n=1000, seed=0):
 
 
 def summarize(entries, weights):
-    """Mean, standard error and per-task means of every column over the entries that have it, and the weighted mean."""
+    """Mean, standard error and per-task means of every column over the entries that have it, and the weighted mean.
+
+    The error is over prompts: pictures of one prompt are no independent draws, so their mean counts once.
+    """
     table = {}
     for name in weights:
-        rows = [(e["scores"][name], e.get("tag")) for e in entries if name in e["scores"]]
-        values, tags = np.array([value for value, _ in rows]), [tag for _, tag in rows]
+        rows = [(e["scores"][name], e.get("tag"), e["prompt"]) for e in entries if name in e["scores"]]
+        values, tags = np.array([value for value, _, _ in rows]), [tag for _, tag, _ in rows]
         tasks = {t: float(values[[x == t for x in tags]].mean()) for t in dict.fromkeys(tags) if t}
-        table[name] = {"mean": float(values.mean()), "error": bootstrap_error(values), "n": len(values), "tasks": tasks}
+        by_prompt = {}
+        for value, _, prompt in rows:
+            by_prompt.setdefault(prompt, []).append(value)
+        error = bootstrap_error([np.mean(scores) for scores in by_prompt.values()])
+        table[name] = {"mean": float(values.mean()), "error": error, "n": len(values), "prompts": len(by_prompt)}
+        table[name]["tasks"] = tasks
         if tasks:  # the benchmark's overall score: task types count alike, however many prompts they have
             table[name]["task_mean"] = float(np.mean(list(tasks.values())))
     weighted = sum(w * rewards.SCALE.get(name, 1) * table[name]["mean"] for name, w in weights.items())
@@ -149,12 +160,15 @@ def summarize(entries, weights):
 def report(summary):
     """The summary as an aligned text table."""
     tasks = list(dict.fromkeys(t for row in summary["rewards"].values() for t in row["tasks"]))
-    lines = [f"{'reward':16}{'n':>6}{'mean':>9}{'+-':>7}{'task mean':>10}" + "".join(f"{t:>15}" for t in tasks)]
+    repeated = any(row["n"] != row["prompts"] for row in summary["rewards"].values())
+    head = f"{'reward':16}{'n':>6}" + f"{'prompts':>9}" * repeated + f"{'mean':>9}{'+-':>7}{'task mean':>10}"
+    lines = [head + "".join(f"{t:>15}" for t in tasks)]
     for name, row in summary["rewards"].items():
         cells = "".join(f"{row['tasks'][t]:15.3f}" if t in row["tasks"] else " " * 15 for t in tasks)
         by_task = f"{row['task_mean']:10.3f}" if "task_mean" in row else " " * 10
-        lines.append(f"{name:16}{row['n']:6}{row['mean']:9.3f}{row['error']:7.3f}{by_task}{cells}")
-    return "\n".join([*lines, f"{'weighted mean':22}{summary['weighted_mean']:9.3f}"])
+        counts = f"{row['n']:6}" + f"{row['prompts']:9}" * repeated
+        lines.append(f"{name:16}{counts}{row['mean']:9.3f}{row['error']:7.3f}{by_task}{cells}")
+    return "\n".join([*lines, f"{'weighted mean':22}{' ' * 9 * repeated}{summary['weighted_mean']:9.3f}"])
 
 
 def prompt_sets(args):
@@ -168,17 +182,31 @@ def prompt_sets(args):
     if args.prompt:
         sets.append(([(prompt, {"prompt": prompt}) for prompt in args.prompt], rest))
     elif args.prompts:
-        sets.append((rewards.read_prompts(args.prompts)[: args.n_images], rest))
+        sets.append((rewards.read_prompts(args.prompts), rest))
     elif rest or not weights:
         from classroom.shapes import sample_prompts
 
         sets.append(([(m["prompt"], m) for m in sample_prompts(args.n_images or 48, args.seed, "heldout")], rest))
     for file in dict.fromkeys(routed.values()):
         columns = [column for column in weights if routed.get(column) == file]
-        sets.append((rewards.read_prompts(file)[: args.n_images], columns))
-    for pairs, columns in sets:
+        sets.append((rewards.read_prompts(file), columns))
+    for i, (pairs, columns) in enumerate(sets):
+        if len(pairs) < (args.n_images or 0) and os.environ.get("RANK", "0") == "0":
+            print(
+                f"--n_images {args.n_images}, but the number of prompts is {len(pairs)}; --per_prompt gives more pictures of each"
+            )
+        pairs = pairs[: args.n_images]
         rewards.check_prompts(pairs, columns, args.reward_dir)
+        sets[i] = ([pair for pair in pairs for _ in range(args.per_prompt or times(*pair))], columns)
     return sets, weights
+
+
+def times(prompt, metadata):
+    """How many pictures a prompt's file asks for: its "n"."""
+    n = metadata.get("n", 1)
+    if not re.fullmatch(r"[1-9]\d*", str(n)):
+        raise models.UserError(f'prompt {prompt!r}: its "n", {n!r}, is no number of pictures (--per_prompt is)')
+    return int(n)
 
 
 def main(args):
