@@ -8,7 +8,9 @@
     torchrun --nproc_per_node=8 sample.py --model sd35 --lora ... --prompts drawbench.txt --reward_dir weights \
         --eval pickscore,hpsv2,aesthetic,imagereward,geneval,ocr --eval_prompts geneval=geneval.jsonl,ocr=ocr.txt
 
---steps 4 walks the few-step schedule with CPS; any other number is the pipeline's own schedule, Euler and guided.
+A student (--lora) walks the few-step schedule with CPS, whatever the number of --steps; so does the base model in 4
+steps. Else, and with a --guidance_scale for the student, it is the teacher's sampler: the pipeline's own schedule,
+Euler, guided. Pictures are 1024 pixels a side, as published (the classroom's 64), whatever the training's were.
 Writes to --out: 00000.png, ... , grid.png and metadata.json (settings, prompts and, with --eval, every score).
 Several processes share the batches; pictures and scores are those of one process.
 """
@@ -34,7 +36,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--model", default="classroom", choices=models.BACKBONES, help="backbone")
     add("--weights", help="pipeline folder or hub id in place of the published one (FLUX.2's student: its own)")
-    add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
+    add("--resolution", type=at_least(1), help="pixels a side (default: 1024, the classroom's 64)")
     add(
         "--lora",
         action="append",
@@ -46,14 +48,14 @@ def parse_args(argv=None):
     add("--prompts", type=models.path, help=".txt, .jsonl or .json; default: the classroom's held-out captions")
     add("--n_images", type=at_least(1), help="the first n prompts (classroom default 48, else all of the file)")
     add("--per_prompt", type=at_least(1), help='pictures of each prompt (default: its "n" in the file, else 1)')
-    add("--steps", type=at_least(1), default=4, help="4: few-step CPS; another number: the pipeline's schedule, Euler")
+    add("--steps", type=at_least(1), default=4, help="from noise to picture")
     add(
         "--export",
         type=models.path,
         help="write the transformer with the adapters merged in to this new folder, and stop",
     )
-    add("--eta", type=between(0, 1), help="CPS stochasticity (default 0.9 at 4 steps, else 0)")
-    add("--guidance_scale", type=between(0), help="default 1 at 4 steps, else the teacher's")
+    add("--eta", type=between(0, 1), help="CPS stochasticity (default 0.9 for students and 4 steps, else 0)")
+    add("--guidance_scale", type=between(0), help="default: none for students and 4 steps, else the teacher's")
     add("--eval", help="rewards to report, name=weight,...: for example clipscore=1,geneval=1")
     add("--eval_prompts", help="prompt files of single rewards, name=FILE,...; the others see --prompts")
     add("--reward_dir", type=models.path, help="folder with reward weights that are not taken from the hub")
@@ -68,11 +70,13 @@ def parse_args(argv=None):
     add("--batch_size", type=at_least(1), default=50, help="images at once")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = p.parse_args(argv)
-    few = args.steps == len(models.FEW_STEPS)
+    args.few_step = args.guidance_scale is None if args.lora else args.steps == len(models.FEW_STEPS)
     if args.eta is None:
-        args.eta = 0.9 if few else 0.0
+        args.eta = 0.9 if args.few_step else 0.0
     if args.guidance_scale is None:
-        args.guidance_scale = 1.0 if few else models.BACKBONES[args.model]["guidance"]
+        args.guidance_scale = 1.0 if args.few_step else models.BACKBONES[args.model]["guidance"]
+    if args.resolution is None:
+        args.resolution = models.BACKBONES["classroom"]["resolution"] if args.model == "classroom" else 1024
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
     if args.export and args.export.exists():
@@ -192,9 +196,8 @@ def prompt_sets(args):
         sets.append((rewards.read_prompts(file), columns))
     for i, (pairs, columns) in enumerate(sets):
         if len(pairs) < (args.n_images or 0) and os.environ.get("RANK", "0") == "0":
-            print(
-                f"--n_images {args.n_images}, but the number of prompts is {len(pairs)}; --per_prompt gives more pictures of each"
-            )
+            more = "--per_prompt gives more pictures of each"
+            print(f"--n_images {args.n_images}, but the number of prompts is {len(pairs)}; {more}")
         pairs = pairs[: args.n_images]
         rewards.check_prompts(pairs, columns, args.reward_dir)
         sets[i] = ([pair for pair in pairs for _ in range(args.per_prompt or times(*pair))], columns)
@@ -222,9 +225,8 @@ def main(args):
         size = args.reward_batch_size or args.batch_size
         scorers = rewards.load_scorers(weights, device, args.reward_dir, size, args.offload_rewards)
     dtype = torch.bfloat16 if device.type == "cuda" and args.model != "classroom" else torch.float32
-    few = args.steps == len(models.FEW_STEPS)
     # one network is enough here: FLUX.2's generator, which has weights of its own, or its teacher
-    student = models.BACKBONES[args.model].get("student") if few or args.lora else None
+    student = models.BACKBONES[args.model].get("student") if args.few_step or args.lora else None
     placement = dict(device=device, dtype=dtype, resolution=args.resolution, with_student=False)
     backbone = models.load(args.model, args.weights or student, **placement)
     for i, folder in enumerate(args.lora):
@@ -234,7 +236,8 @@ def main(args):
         if rank == 0:
             export(backbone, args.export)
         return
-    sigmas = backbone.sigmas(models.FEW_STEPS if few else args.steps)
+    few_steps = [1000 * (1 - i / args.steps) for i in range(args.steps)]  # 4: models.FEW_STEPS
+    sigmas = backbone.sigmas(few_steps if args.few_step else args.steps)
 
     # batches hold prompts of one set, and are dealt to the processes whole: the arithmetic does not depend on how many
     batches, start = [], 0
@@ -266,11 +269,19 @@ def main(args):
     ms = 1000 * sum(seconds for _, _, seconds in parts) / len(entries)
     result = {"settings": {key: plain(value) for key, value in vars(args).items()}, "ms_per_image": ms}
     result["nfe"] = (len(sigmas) - 1) * backbone.passes(args.guidance_scale)
+    result["sampler"] = sampler(args)
     if weights:
         result |= summarize(entries, weights)
         print(report(result))
     (args.out / "metadata.json").write_text(json.dumps({**result, "images": entries}, indent=1) + "\n")
-    print(f"{len(entries)} images, {result['nfe']} NFE, {ms:.0f} ms an image: {args.out}/grid.png, metadata.json")
+    how = f"{result['sampler']}: {result['nfe']} NFE, {ms:.0f} ms an image"
+    print(f"{len(entries)} images, {how}; {args.out}/grid.png, metadata.json")
+
+
+def sampler(args):
+    """The sampler in words."""
+    steps = f"{args.steps} CPS steps, eta {args.eta}" if args.few_step or args.eta else f"{args.steps} Euler steps"
+    return steps + (f", guidance {args.guidance_scale}" if args.guidance_scale > 1 else ", no guidance")
 
 
 def export(backbone, folder):

@@ -51,3 +51,40 @@ def test_more_images_than_prompts_are_asked_for_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == said
     assert len(sampled(tmp_path / "b", "--prompt", "a circle", "--prompt", "a cross", "--n_images", 1)["images"]) == 1
     assert "--per_prompt" not in capsys.readouterr().out
+
+
+LORA = ["--lora", models.CLASSROOM / "adapters/acdmd/generator_ema"]
+SAMPLERS = (  # flags, the sampler in words, its network evaluations, raw timesteps (None: the pipeline's schedule)
+    (LORA, "4 CPS steps, eta 0.9, no guidance", 4, models.FEW_STEPS),
+    ([*LORA, "--steps", 2], "2 CPS steps, eta 0.9, no guidance", 2, (1000, 500)),
+    ([*LORA, "--steps", 8, "--eta", 0.5], "8 CPS steps, eta 0.5, no guidance", 8, range(1000, 0, -125)),
+    ([*LORA, "--guidance_scale", 2], "4 Euler steps, guidance 2.0", 8, None),
+    ([], "4 CPS steps, eta 0.9, no guidance", 4, models.FEW_STEPS),
+    (["--steps", 3], "3 Euler steps, guidance 3.0", 6, None),
+)
+
+
+@pytest.mark.parametrize("flags, said, nfe, raw", SAMPLERS)
+def test_students_walk_any_number_of_few_steps(flags, said, nfe, raw, tmp_path, monkeypatch, capsys):
+    walked, generate = [], sample.generate
+
+    def spied(backbone, prompts, sigmas, eta, guidance_scale, *args, **kwargs):
+        walked.append((sigmas, backbone.sigmas(nfe // 2 if raw is None else list(raw)), eta, guidance_scale))
+        return generate(backbone, prompts, sigmas, eta, guidance_scale, *args, **kwargs)
+
+    monkeypatch.setattr(sample, "generate", spied)
+    got = sampled(tmp_path / "s", "--prompt", "a circle", *flags)
+    ((sigmas, want, eta, guidance_scale),) = walked
+    assert sigmas == want and got["sampler"] == said and got["nfe"] == nfe
+    assert (f"eta {eta}" in said) == (eta > 0) and (f"guidance {guidance_scale}" in said) == (guidance_scale > 1)
+    assert f"1 images, {said}: {nfe} NFE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", models.BACKBONES)
+def test_pictures_are_as_large_as_the_published_evaluations(model, capsys):
+    side = 64 if model == "classroom" else 1024
+    assert sample.parse_args(["--model", model, "--prompt", "a cat"]).resolution == side
+    assert sample.parse_args(["--model", model, "--prompt", "a cat", "--resolution", "512"]).resolution == 512
+    with pytest.raises(SystemExit):
+        sample.parse_args(["--help"])
+    assert "1024, the classroom's 64" in " ".join(capsys.readouterr().out.split())
