@@ -19,6 +19,8 @@ import itertools
 import json
 import os
 import re
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -218,6 +220,7 @@ def main(args):
     folder = args.export.parent if args.export else args.out
     with models.named_failure(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # may files be made here? Known before the models load
     for folder in args.lora:
         models.read_adapter(folder)  # is it whole? Known before the models load
     scorers = None
@@ -255,7 +258,8 @@ def main(args):
         seconds += time.perf_counter() - begin
         scores = scorers.score(images, prompts, metadata, columns) if columns else {}
         for j, i in enumerate(indices):
-            models.save_grid(images[j][None], args.out / f"{i:05d}.png", 1, gap=0)
+            with models.named_failure(f"cannot write to {args.out}"):
+                models.save_grid(images[j][None], args.out / f"{i:05d}.png", 1, gap=0)
             entries[i] = {**metadata[j], "scores": {name: values[j].item() for name, values in scores.items()}}
             if i < 64:
                 shown[i] = images[j]
@@ -265,7 +269,6 @@ def main(args):
     entries = {i: entry for part, _, _ in parts for i, entry in part.items()}
     entries = [entries[i] for i in sorted(entries)]
     shown = {i: image for _, part, _ in parts for i, image in part.items()}
-    models.save_grid(torch.stack([shown[i] for i in sorted(shown)]), args.out / "grid.png", min(8, len(shown)))
     ms = 1000 * sum(seconds for _, _, seconds in parts) / len(entries)
     result = {"settings": {key: plain(value) for key, value in vars(args).items()}, "ms_per_image": ms}
     result["nfe"] = (len(sigmas) - 1) * backbone.passes(args.guidance_scale)
@@ -273,7 +276,9 @@ def main(args):
     if weights:
         result |= summarize(entries, weights)
         print(report(result))
-    (args.out / "metadata.json").write_text(json.dumps({**result, "images": entries}, indent=1) + "\n")
+    with models.named_failure(f"cannot write to {args.out}"):
+        models.save_grid(torch.stack([shown[i] for i in sorted(shown)]), args.out / "grid.png", min(8, len(shown)))
+        (args.out / "metadata.json").write_text(json.dumps({**result, "images": entries}, indent=1) + "\n")
     how = f"{result['sampler']}: {result['nfe']} NFE, {ms:.0f} ms an image"
     print(f"{len(entries)} images, {how}; {args.out}/grid.png, metadata.json")
 
@@ -291,7 +296,13 @@ def export(backbone, folder):
     with torch.device("meta"):
         merged = type(network).from_config(network.config)
     merged.load_state_dict(state, assign=True)
-    merged.save_pretrained(folder)
+    aside = folder.with_name(f".{folder.name}.partial")
+    with models.named_failure(f"cannot write --export {folder}"):
+        try:
+            merged.save_pretrained(aside)
+            models.put_in_place(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     name = type(network).__name__
     print(f'{folder}: {name}.from_pretrained("{folder}"), or transformer= of the pipeline; sample it with few steps')
 

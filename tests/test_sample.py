@@ -1,6 +1,8 @@
 """sample.py: how many pictures of what, which sampler, and what the table says."""
 
 import json
+import resource
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -88,3 +90,65 @@ def test_pictures_are_as_large_as_the_published_evaluations(model, capsys):
     with pytest.raises(SystemExit):
         sample.parse_args(["--help"])
     assert "1024, the classroom's 64" in " ".join(capsys.readouterr().out.split())
+
+
+def refused(capsys, *flags):
+    """What one line says when a call ends with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        models.run(sample.main, sample.parse_args([*map(str, flags), "--device", "cpu"]))
+    said = capsys.readouterr().err.splitlines()
+    said = [line for line in said if line and not line.startswith("images:")]  # the bar
+    assert stopped.value.code == 2 and len(said) == 1
+    return said[0]
+
+
+@contextmanager
+def full_disk(size):
+    """No file grows beyond `size` bytes: the write itself fails, in the middle of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_named_while_pictures_are_written(tmp_path, capsys):
+    with full_disk(300):
+        said = refused(capsys, "--prompt", "a circle", "--out", tmp_path / "s")
+    assert f"cannot write to {tmp_path}/s: [Errno 27] File too large" in said
+
+
+def test_a_full_disk_is_named_while_metadata_are_written(tmp_path, monkeypatch, capsys):
+    """/dev/full answers every write with ENOSPC."""
+    generate = sample.generate
+
+    def filling(*args, **kwargs):
+        (tmp_path / "s" / "metadata.json").symlink_to("/dev/full")
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(sample, "generate", filling)
+    said = refused(capsys, "--prompt", "a circle", "--out", tmp_path / "s")
+    assert f"cannot write to {tmp_path}/s: [Errno 28] No space left on device" in said
+
+
+def test_an_export_on_a_full_disk_leaves_nothing_in_the_way(tmp_path, capsys):
+    flags = [*LORA, "--export", tmp_path / "merged"]
+    with full_disk(20_000):
+        assert f"cannot write --export {tmp_path}/merged: " in refused(capsys, *flags)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".merged.partial").mkdir()  # as a killed process leaves it
+    sample.main(sample.parse_args([*map(str, flags)]))
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"] and (tmp_path / "merged/config.json").is_file()
+
+
+@pytest.mark.parametrize("flags", (["--export", "{tmp}/new"], ["--prompt", "a circle", "--out", "{tmp}"]))
+def test_a_folder_without_permission_is_refused_before_anything_loads(flags, tmp_path, monkeypatch, capsys):
+    def denied(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)  # root may write everywhere
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("loaded"))
+    said = refused(capsys, *LORA, *(flag.format(tmp=tmp_path) for flag in flags))
+    assert f"cannot write to {tmp_path}: [Errno 13] Permission denied" in said
+    assert "cannot write to /proc: " in refused(capsys, *LORA, "--export", "/proc/new")  # which nobody can write to
