@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -538,6 +539,26 @@ def test_bad_input_ends_a_process_with_one_line(command, tmp_path):
     assert done.returncode == 2
     usage, _, said = done.stderr.rpartition(f"{script}: error: ")  # argparse prints how a script is used before it
     assert said.count("\n") == 1 and "Traceback" not in usage
+
+
+def test_a_world_size_that_was_left_over_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(models.UserError, match="WORLD_SIZE=2 is set, but no MASTER_ADDR: unset WORLD_SIZE, or start"):
+        stage_1(tmp_path, "--steps", 1)
+
+
+@pytest.mark.parametrize("command", ("acdmd.py --steps 1 --sample_every 0 --batch_size 2", "sample.py --prompt größe"))
+def test_a_terminal_that_knows_ascii_only_shows_any_folder(command, tmp_path):
+    script, *flags = command.split()
+    out = tmp_path / "größe ❤"
+    env = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict"}
+    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, env=env)
+    command = [sys.executable, script, *flags, "--device", "cpu", "--out", str(out)]
+    done = run(command)
+    assert done.returncode == 0 and "gr\\xf6\\xdfe \\u2764" in done.stdout, done.stderr[-2000:]
+    again = run(command)  # now the folder is refused, on standard error
+    assert again.returncode == 2 and "gr\\xf6\\xdfe \\u2764" in again.stderr.splitlines()[-1]
 
 
 def test_a_scorer_that_returns_nan_stops_the_run():
