@@ -637,7 +637,8 @@ def named_failure(what):
 
 def run(main, args):
     """A script's entry: main(args), with a UserError shown as one line."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a prompt or folder
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know every letter of a prompt or folder
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
     except UserError as error:
@@ -1118,6 +1119,8 @@ def speed(backbone, seconds, steps, images):
 def setup_distributed(device=None):
     """(rank, world size, device): torchrun's variables or one process; nccl on GPUs, gloo on CPUs."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE={world_size} is set, but no MASTER_ADDR: unset WORLD_SIZE, or start with torchrun")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
@@ -1126,8 +1129,6 @@ def setup_distributed(device=None):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    elif world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return rank, world_size, torch.device(device)

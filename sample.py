@@ -8,13 +8,19 @@
     torchrun --nproc_per_node=8 sample.py --model sd35 --lora ... --prompts drawbench.txt --reward_dir weights \
         --eval pickscore,hpsv2,aesthetic,imagereward,geneval,ocr --eval_prompts geneval=geneval.jsonl,ocr=ocr.txt
 
---steps 4 walks the few-step schedule with CPS; any other number is the pipeline's own schedule, Euler and guided.
+A student (--lora) walks the few-step schedule with CPS, whatever the number of --steps; so does the base model in 4
+steps. Else, and with a --guidance_scale for the student, it is the teacher's sampler: the pipeline's own schedule,
+Euler, guided. Pictures are 1024 pixels a side, as published (the classroom's 64), whatever the training's were.
 Writes to --out: 00000.png, ... , grid.png and metadata.json (settings, prompts and, with --eval, every score).
 Several processes share the batches; pictures and scores are those of one process.
 """
 
 import itertools
 import json
+import os
+import re
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,7 +38,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--model", default="classroom", choices=models.BACKBONES, help="backbone")
     add("--weights", help="pipeline folder or hub id in place of the published one (FLUX.2's student: its own)")
-    add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
+    add("--resolution", type=at_least(1), help="pixels a side (default: 1024, the classroom's 64)")
     add(
         "--lora",
         action="append",
@@ -43,17 +49,23 @@ def parse_args(argv=None):
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
     add("--prompts", type=models.path, help=".txt, .jsonl or .json; default: the classroom's held-out captions")
     add("--n_images", type=at_least(1), help="the first n prompts (classroom default 48, else all of the file)")
-    add("--steps", type=at_least(1), default=4, help="4: few-step CPS; another number: the pipeline's schedule, Euler")
+    add("--per_prompt", type=at_least(1), help='pictures of each prompt (default: its "n" in the file, else 1)')
+    add("--steps", type=at_least(1), default=4, help="from noise to picture")
     add(
         "--export",
         type=models.path,
         help="write the transformer with the adapters merged in to this new folder, and stop",
     )
     add("--export_lora", type=models.path, help="write the adapters as one to this new .safetensors file, and stop")
-    add("--eta", type=between(0, 1), help="CPS stochasticity (default 0.9 at 4 steps, else 0)")
-    add("--guidance_scale", type=between(0), help="default 1 at 4 steps, else the teacher's")
+    add("--eta", type=between(0, 1), help="CPS stochasticity (default 0.9 for students and 4 steps, else 0)")
+    add("--guidance_scale", type=between(0), help="default: none for students and 4 steps, else the teacher's")
     add("--eval", help="rewards to report, name=weight,...: for example clipscore=1,geneval=1")
     add("--eval_prompts", help="prompt files of single rewards, name=FILE,...; the others see --prompts")
+    add(
+        "--fd_reference",
+        type=models.path,
+        help="folder of pictures to take the Frechet distance to, in CLIP's features",
+    )
     add("--reward_dir", type=models.path, help="folder with reward weights that are not taken from the hub")
     add("--reward_batch_size", type=at_least(1), help="images a scorer takes at once (default: --batch_size)")
     add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
@@ -66,11 +78,13 @@ def parse_args(argv=None):
     add("--batch_size", type=at_least(1), default=50, help="images at once")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = p.parse_args(argv)
-    few = args.steps == len(models.FEW_STEPS)
+    args.few_step = args.guidance_scale is None if args.lora else args.steps == len(models.FEW_STEPS)
     if args.eta is None:
-        args.eta = 0.9 if few else 0.0
+        args.eta = 0.9 if args.few_step else 0.0
     if args.guidance_scale is None:
-        args.guidance_scale = 1.0 if few else models.BACKBONES[args.model]["guidance"]
+        args.guidance_scale = 1.0 if args.few_step else models.BACKBONES[args.model]["guidance"]
+    if args.resolution is None:
+        args.resolution = models.BACKBONES["classroom"]["resolution"] if args.model == "classroom" else 1024
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
     if args.export and args.export.exists():
@@ -137,13 +151,21 @@ def bootstrap_error(values, n=1000, seed=0):
 
 
 def summarize(entries, weights):
-    """Mean, standard error and per-task means of every column over the entries that have it, and the weighted mean."""
+    """Mean, standard error and per-task means of every column over the entries that have it, and the weighted mean.
+
+    The error is over prompts: pictures of one prompt are no independent draws, so their mean counts once.
+    """
     table = {}
     for name in weights:
-        rows = [(e["scores"][name], e.get("tag")) for e in entries if name in e["scores"]]
-        values, tags = np.array([value for value, _ in rows]), [tag for _, tag in rows]
+        rows = [(e["scores"][name], e.get("tag"), e["prompt"]) for e in entries if name in e["scores"]]
+        values, tags = np.array([value for value, _, _ in rows]), [tag for _, tag, _ in rows]
         tasks = {t: float(values[[x == t for x in tags]].mean()) for t in dict.fromkeys(tags) if t}
-        table[name] = {"mean": float(values.mean()), "error": bootstrap_error(values), "n": len(values), "tasks": tasks}
+        by_prompt = {}
+        for value, _, prompt in rows:
+            by_prompt.setdefault(prompt, []).append(value)
+        error = bootstrap_error([np.mean(scores) for scores in by_prompt.values()])
+        table[name] = {"mean": float(values.mean()), "error": error, "n": len(values), "prompts": len(by_prompt)}
+        table[name]["tasks"] = tasks
         if tasks:  # the benchmark's overall score: task types count alike, however many prompts they have
             table[name]["task_mean"] = float(np.mean(list(tasks.values())))
     weighted = sum(w * rewards.SCALE.get(name, 1) * table[name]["mean"] for name, w in weights.items())
@@ -153,12 +175,15 @@ def summarize(entries, weights):
 def report(summary):
     """The summary as an aligned text table."""
     tasks = list(dict.fromkeys(t for row in summary["rewards"].values() for t in row["tasks"]))
-    lines = [f"{'reward':16}{'n':>6}{'mean':>9}{'+-':>7}{'task mean':>10}" + "".join(f"{t:>15}" for t in tasks)]
+    repeated = any(row["n"] != row["prompts"] for row in summary["rewards"].values())
+    head = f"{'reward':16}{'n':>6}" + f"{'prompts':>9}" * repeated + f"{'mean':>9}{'+-':>7}{'task mean':>10}"
+    lines = [head + "".join(f"{t:>15}" for t in tasks)]
     for name, row in summary["rewards"].items():
         cells = "".join(f"{row['tasks'][t]:15.3f}" if t in row["tasks"] else " " * 15 for t in tasks)
         by_task = f"{row['task_mean']:10.3f}" if "task_mean" in row else " " * 10
-        lines.append(f"{name:16}{row['n']:6}{row['mean']:9.3f}{row['error']:7.3f}{by_task}{cells}")
-    return "\n".join([*lines, f"{'weighted mean':22}{summary['weighted_mean']:9.3f}"])
+        counts = f"{row['n']:6}" + f"{row['prompts']:9}" * repeated
+        lines.append(f"{name:16}{counts}{row['mean']:9.3f}{row['error']:7.3f}{by_task}{cells}")
+    return "\n".join([*lines, f"{'weighted mean':22}{' ' * 9 * repeated}{summary['weighted_mean']:9.3f}"])
 
 
 def prompt_sets(args):
@@ -172,17 +197,30 @@ def prompt_sets(args):
     if args.prompt:
         sets.append(([(prompt, {"prompt": prompt}) for prompt in args.prompt], rest))
     elif args.prompts:
-        sets.append((rewards.read_prompts(args.prompts)[: args.n_images], rest))
+        sets.append((rewards.read_prompts(args.prompts), rest))
     elif rest or not weights:
         from classroom.shapes import sample_prompts
 
         sets.append(([(m["prompt"], m) for m in sample_prompts(args.n_images or 48, args.seed, "heldout")], rest))
     for file in dict.fromkeys(routed.values()):
         columns = [column for column in weights if routed.get(column) == file]
-        sets.append((rewards.read_prompts(file)[: args.n_images], columns))
-    for pairs, columns in sets:
+        sets.append((rewards.read_prompts(file), columns))
+    for i, (pairs, columns) in enumerate(sets):
+        if len(pairs) < (args.n_images or 0) and os.environ.get("RANK", "0") == "0":
+            more = "--per_prompt gives more pictures of each"
+            print(f"--n_images {args.n_images}, but the number of prompts is {len(pairs)}; {more}")
+        pairs = pairs[: args.n_images]
         rewards.check_prompts(pairs, columns, args.reward_dir)
+        sets[i] = ([pair for pair in pairs for _ in range(args.per_prompt or times(*pair))], columns)
     return sets, weights
+
+
+def times(prompt, metadata):
+    """How many pictures a prompt's file asks for: its "n"."""
+    n = metadata.get("n", 1)
+    if not re.fullmatch(r"[1-9]\d*", str(n)):
+        raise models.UserError(f'prompt {prompt!r}: its "n", {n!r}, is no number of pictures (--per_prompt is)')
+    return int(n)
 
 
 def main(args):
@@ -192,18 +230,18 @@ def main(args):
     folder = target.parent if target else args.out
     with models.named_failure(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # may files be made here? Known before the models load
     if args.export_lora:
         return export_lora(args.lora, args.export_lora) if rank == 0 else None
     for folder in args.lora:
         models.read_adapter(folder)  # is it whole? Known before the models load
     scorers = None
-    if weights:
+    if weights or args.fd_reference:
         size = args.reward_batch_size or args.batch_size
         scorers = rewards.load_scorers(weights, device, args.reward_dir, size, args.offload_rewards)
     dtype = torch.bfloat16 if device.type == "cuda" and args.model != "classroom" else torch.float32
-    few = args.steps == len(models.FEW_STEPS)
     # one network is enough here: FLUX.2's generator, which has weights of its own, or its teacher
-    student = models.BACKBONES[args.model].get("student") if few or args.lora else None
+    student = models.BACKBONES[args.model].get("student") if args.few_step or args.lora else None
     placement = dict(device=device, dtype=dtype, resolution=args.resolution, with_student=False)
     backbone = models.load(args.model, args.weights or student, **placement)
     for i, folder in enumerate(args.lora):
@@ -213,7 +251,8 @@ def main(args):
         if rank == 0:
             export(backbone, args.export)
         return
-    sigmas = backbone.sigmas(models.FEW_STEPS if few else args.steps)
+    few_steps = [1000 * (1 - i / args.steps) for i in range(args.steps)]  # 4: models.FEW_STEPS
+    sigmas = backbone.sigmas(few_steps if args.few_step else args.steps)
 
     # batches hold prompts of one set, and are dealt to the processes whole: the arithmetic does not depend on how many
     batches, start = [], 0
@@ -222,7 +261,8 @@ def main(args):
             part = pairs[b : b + args.batch_size]
             batches.append((range(start + b, start + b + len(part)), part, columns))
         start += len(pairs)
-    entries, shown, seconds = {}, {}, 0.0
+    reference = scorers.features_of_folder(args.fd_reference) if args.fd_reference else None
+    entries, shown, features, seconds = {}, {}, [], 0.0
     for indices, pairs, columns in tqdm(batches[rank::world_size], "images", unit="batch", disable=rank > 0):
         prompts, metadata = [prompt for prompt, _ in pairs], [m for _, m in pairs]
         begin = time.perf_counter()
@@ -230,26 +270,44 @@ def main(args):
         images = generate(backbone, prompts, sigmas, args.eta, args.guidance_scale, args.seed, **options)
         seconds += time.perf_counter() - begin
         scores = scorers.score(images, prompts, metadata, columns) if columns else {}
+        features += list(scorers.features(images)) if args.fd_reference else []
         for j, i in enumerate(indices):
-            models.save_grid(images[j][None], args.out / f"{i:05d}.png", 1, gap=0)
+            with models.named_failure(f"cannot write to {args.out}"):
+                models.save_grid(images[j][None], args.out / f"{i:05d}.png", 1, gap=0)
             entries[i] = {**metadata[j], "scores": {name: values[j].item() for name, values in scores.items()}}
             if i < 64:
                 shown[i] = images[j]
+    features = models.gather(features, world_size)
     parts = models.gather([(entries, shown, seconds)], world_size)
     if rank > 0:
         return
     entries = {i: entry for part, _, _ in parts for i, entry in part.items()}
     entries = [entries[i] for i in sorted(entries)]
     shown = {i: image for _, part, _ in parts for i, image in part.items()}
-    models.save_grid(torch.stack([shown[i] for i in sorted(shown)]), args.out / "grid.png", min(8, len(shown)))
     ms = 1000 * sum(seconds for _, _, seconds in parts) / len(entries)
     result = {"settings": {key: plain(value) for key, value in vars(args).items()}, "ms_per_image": ms}
     result["nfe"] = (len(sigmas) - 1) * backbone.passes(args.guidance_scale)
+    result["sampler"] = sampler(args)
     if weights:
         result |= summarize(entries, weights)
         print(report(result))
-    (args.out / "metadata.json").write_text(json.dumps({**result, "images": entries}, indent=1) + "\n")
-    print(f"{len(entries)} images, {result['nfe']} NFE, {ms:.0f} ms an image: {args.out}/grid.png, metadata.json")
+    if args.fd_reference:
+        fd = rewards.frechet_distance(np.stack(features), reference)
+        result["fd"] = {"value": fd, "n": len(features), "n_reference": len(reference)}
+        print(
+            f"FD {fd:.2f}: {len(features)} pictures to {len(reference)} of {args.fd_reference}, CLIP's pooled features"
+        )
+    with models.named_failure(f"cannot write to {args.out}"):
+        models.save_grid(torch.stack([shown[i] for i in sorted(shown)]), args.out / "grid.png", min(8, len(shown)))
+        (args.out / "metadata.json").write_text(json.dumps({**result, "images": entries}, indent=1) + "\n")
+    how = f"{result['sampler']}: {result['nfe']} NFE, {ms:.0f} ms an image"
+    print(f"{len(entries)} images, {how}; {args.out}/grid.png, metadata.json")
+
+
+def sampler(args):
+    """The sampler in words."""
+    steps = f"{args.steps} CPS steps, eta {args.eta}" if args.few_step or args.eta else f"{args.steps} Euler steps"
+    return steps + (f", guidance {args.guidance_scale}" if args.guidance_scale > 1 else ", no guidance")
 
 
 def export(backbone, folder):
@@ -259,7 +317,13 @@ def export(backbone, folder):
     with torch.device("meta"):
         merged = type(network).from_config(network.config)
     merged.load_state_dict(state, assign=True)
-    merged.save_pretrained(folder)
+    aside = folder.with_name(f".{folder.name}.partial")
+    with models.named_failure(f"cannot write --export {folder}"):
+        try:
+            merged.save_pretrained(aside)
+            models.put_in_place(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     name = type(network).__name__
     print(f'{folder}: {name}.from_pretrained("{folder}"), or transformer= of the pipeline; sample it with few steps')
 

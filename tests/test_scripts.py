@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -428,6 +429,17 @@ def test_held_out_evaluation_changes_nothing_and_survives_a_resume(distilled, tm
         rewards.HeldOut(args, "cpu")
 
 
+def test_sample_tells_the_distance_to_a_folder_of_pictures(tmp_path, capsys):
+    flags = ["--lora", str(ROOT / "classroom/adapters/acdmd/generator_ema"), "--n_images", "12", "--device", "cpu"]
+    sample.main(sample.parse_args([*flags, "--out", str(tmp_path / "a")]))
+    for seed, out in ((0, "b"), (1, "c")):
+        more = ["--out", str(tmp_path / out), "--fd_reference", str(tmp_path / "a"), "--seed", str(seed)]
+        sample.main(sample.parse_args([*flags, *more]))
+    same, other = (json.loads((tmp_path / out / "metadata.json").read_text())["fd"] for out in "bc")
+    assert (same["n"], same["n_reference"]) == (12, 13)  # the grid is a picture of that folder, too
+    assert other["value"] > same["value"] and "12 pictures to 13 of" in capsys.readouterr().out
+
+
 def test_rewards_of_training_serve_the_evaluation_too(tmp_path):
     scorers = rewards.load_scorers({"clipscore": 1.0, "geneval": 1.0}, "cpu", models.CLASSROOM)
     more = rewards.load_scorers({"clipscore": 1.0}, "cpu", models.CLASSROOM, shared=scorers)
@@ -575,6 +587,26 @@ def test_bad_input_ends_a_process_with_one_line(command, tmp_path):
     assert done.returncode == 2
     usage, _, said = done.stderr.rpartition(f"{script}: error: ")  # argparse prints how a script is used before it
     assert said.count("\n") == 1 and "Traceback" not in usage
+
+
+def test_a_world_size_that_was_left_over_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(models.UserError, match="WORLD_SIZE=2 is set, but no MASTER_ADDR: unset WORLD_SIZE, or start"):
+        stage_1(tmp_path, "--steps", 1)
+
+
+@pytest.mark.parametrize("command", ("acdmd.py --steps 1 --sample_every 0 --batch_size 2", "sample.py --prompt größe"))
+def test_a_terminal_that_knows_ascii_only_shows_any_folder(command, tmp_path):
+    script, *flags = command.split()
+    out = tmp_path / "größe ❤"
+    env = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict"}
+    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, env=env)
+    command = [sys.executable, script, *flags, "--device", "cpu", "--out", str(out)]
+    done = run(command)
+    assert done.returncode == 0 and "gr\\xf6\\xdfe \\u2764" in done.stdout, done.stderr[-2000:]
+    again = run(command)  # now the folder is refused, on standard error
+    assert again.returncode == 2 and "gr\\xf6\\xdfe \\u2764" in again.stderr.splitlines()[-1]
 
 
 def test_a_scorer_that_returns_nan_stops_the_run():

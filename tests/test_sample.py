@@ -1,0 +1,154 @@
+"""sample.py: how many pictures of what, which sampler, and what the table says."""
+
+import json
+import resource
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+import models
+import sample
+
+
+def sampled(out, *flags):
+    """metadata.json of a call."""
+    sample.main(sample.parse_args([*map(str, flags), "--device", "cpu", "--out", str(out)]))
+    return json.loads((out / "metadata.json").read_text())
+
+
+def test_several_pictures_of_each_prompt(tmp_path, capsys):
+    many = ["--prompt", "a circle", "--prompt", "a cross", "--eval", "clipscore=1"]
+    got = sampled(tmp_path / "a", *many, "--per_prompt", 3, "--batch_size", 4)
+    assert [e["prompt"] for e in got["images"]] == ["a circle"] * 3 + ["a cross"] * 3
+    scores = [e["scores"]["clipscore"] for e in got["images"]]
+    assert len(set(scores)) == 6  # image i depends on (seed, i)
+    row = got["rewards"]["clipscore"]
+    assert (row["n"], row["prompts"]) == (6, 2)
+    assert row["error"] == pytest.approx(sample.bootstrap_error([np.mean(scores[:3]), np.mean(scores[3:])]))
+    assert "prompts" in capsys.readouterr().out.splitlines()[0]
+    again = sampled(tmp_path / "b", "--prompt", "a circle", "--eval", "clipscore=1", "--per_prompt", 2)
+    assert [e["scores"]["clipscore"] for e in again["images"]] == pytest.approx(scores[:2], abs=1e-5)
+
+
+def test_a_file_says_how_many_pictures_and_may_repeat_a_prompt(tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "a circle", "n": 2}, {"prompt": "a cross"}, {"prompt": "a circle"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--prompts", file, "--eval", "clipscore=1"]
+    got = sampled(tmp_path / "a", *flags)
+    assert [e["prompt"] for e in got["images"]] == ["a circle", "a circle", "a cross", "a circle"]
+    assert (got["rewards"]["clipscore"]["n"], got["rewards"]["clipscore"]["prompts"]) == (4, 2)
+    assert len(sampled(tmp_path / "b", *flags, "--per_prompt", 1, "--n_images", 2)["images"]) == 2
+    assert "prompts" not in capsys.readouterr().out.splitlines()[-3]  # nothing was repeated
+    file.write_text(json.dumps({"prompt": "a circle", "n": "many"}))
+    with pytest.raises(models.UserError, match="'a circle': its \"n\", 'many', is no number of pictures"):
+        sampled(tmp_path / "c", *flags)
+
+
+def test_more_images_than_prompts_are_asked_for_in_one_line(tmp_path, capsys):
+    got = sampled(tmp_path / "a", "--prompt", "a circle", "--n_images", 4)
+    assert len(got["images"]) == 1
+    said = "--n_images 4, but the number of prompts is 1; --per_prompt gives more pictures of each"
+    assert capsys.readouterr().out.splitlines()[0] == said
+    assert len(sampled(tmp_path / "b", "--prompt", "a circle", "--prompt", "a cross", "--n_images", 1)["images"]) == 1
+    assert "--per_prompt" not in capsys.readouterr().out
+
+
+LORA = ["--lora", models.CLASSROOM / "adapters/acdmd/generator_ema"]
+SAMPLERS = (  # flags, the sampler in words, its network evaluations, raw timesteps (None: the pipeline's schedule)
+    (LORA, "4 CPS steps, eta 0.9, no guidance", 4, models.FEW_STEPS),
+    ([*LORA, "--steps", 2], "2 CPS steps, eta 0.9, no guidance", 2, (1000, 500)),
+    ([*LORA, "--steps", 8, "--eta", 0.5], "8 CPS steps, eta 0.5, no guidance", 8, range(1000, 0, -125)),
+    ([*LORA, "--guidance_scale", 2], "4 Euler steps, guidance 2.0", 8, None),
+    ([], "4 CPS steps, eta 0.9, no guidance", 4, models.FEW_STEPS),
+    (["--steps", 3], "3 Euler steps, guidance 3.0", 6, None),
+)
+
+
+@pytest.mark.parametrize("flags, said, nfe, raw", SAMPLERS)
+def test_students_walk_any_number_of_few_steps(flags, said, nfe, raw, tmp_path, monkeypatch, capsys):
+    walked, generate = [], sample.generate
+
+    def spied(backbone, prompts, sigmas, eta, guidance_scale, *args, **kwargs):
+        walked.append((sigmas, backbone.sigmas(nfe // 2 if raw is None else list(raw)), eta, guidance_scale))
+        return generate(backbone, prompts, sigmas, eta, guidance_scale, *args, **kwargs)
+
+    monkeypatch.setattr(sample, "generate", spied)
+    got = sampled(tmp_path / "s", "--prompt", "a circle", *flags)
+    ((sigmas, want, eta, guidance_scale),) = walked
+    assert sigmas == want and got["sampler"] == said and got["nfe"] == nfe
+    assert (f"eta {eta}" in said) == (eta > 0) and (f"guidance {guidance_scale}" in said) == (guidance_scale > 1)
+    assert f"1 images, {said}: {nfe} NFE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", models.BACKBONES)
+def test_pictures_are_as_large_as_the_published_evaluations(model, capsys):
+    side = 64 if model == "classroom" else 1024
+    assert sample.parse_args(["--model", model, "--prompt", "a cat"]).resolution == side
+    assert sample.parse_args(["--model", model, "--prompt", "a cat", "--resolution", "512"]).resolution == 512
+    with pytest.raises(SystemExit):
+        sample.parse_args(["--help"])
+    assert "1024, the classroom's 64" in " ".join(capsys.readouterr().out.split())
+
+
+def refused(capsys, *flags):
+    """What one line says when a call ends with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        models.run(sample.main, sample.parse_args([*map(str, flags), "--device", "cpu"]))
+    said = capsys.readouterr().err.splitlines()
+    said = [line for line in said if line and not line.startswith("images:")]  # the bar
+    assert stopped.value.code == 2 and len(said) == 1
+    return said[0]
+
+
+@contextmanager
+def full_disk(size):
+    """No file grows beyond `size` bytes: the write itself fails, in the middle of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_named_while_pictures_are_written(tmp_path, capsys):
+    with full_disk(300):
+        said = refused(capsys, "--prompt", "a circle", "--out", tmp_path / "s")
+    assert f"cannot write to {tmp_path}/s: [Errno 27] File too large" in said
+
+
+def test_a_full_disk_is_named_while_metadata_are_written(tmp_path, monkeypatch, capsys):
+    """/dev/full answers every write with ENOSPC."""
+    generate = sample.generate
+
+    def filling(*args, **kwargs):
+        (tmp_path / "s" / "metadata.json").symlink_to("/dev/full")
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(sample, "generate", filling)
+    said = refused(capsys, "--prompt", "a circle", "--out", tmp_path / "s")
+    assert f"cannot write to {tmp_path}/s: [Errno 28] No space left on device" in said
+
+
+def test_an_export_on_a_full_disk_leaves_nothing_in_the_way(tmp_path, capsys):
+    flags = [*LORA, "--export", tmp_path / "merged"]
+    with full_disk(20_000):
+        assert f"cannot write --export {tmp_path}/merged: " in refused(capsys, *flags)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".merged.partial").mkdir()  # as a killed process leaves it
+    sample.main(sample.parse_args([*map(str, flags)]))
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"] and (tmp_path / "merged/config.json").is_file()
+
+
+@pytest.mark.parametrize("flags", (["--export", "{tmp}/new"], ["--prompt", "a circle", "--out", "{tmp}"]))
+def test_a_folder_without_permission_is_refused_before_anything_loads(flags, tmp_path, monkeypatch, capsys):
+    def denied(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)  # root may write everywhere
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("loaded"))
+    said = refused(capsys, *LORA, *(flag.format(tmp=tmp_path) for flag in flags))
+    assert f"cannot write to {tmp_path}: [Errno 13] Permission denied" in said
+    assert "cannot write to /proc: " in refused(capsys, *LORA, "--export", "/proc/new")  # which nobody can write to
