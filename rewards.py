@@ -1060,8 +1060,9 @@ class Scorers:
         return torch.cat(parts).numpy()
 
     def features_of_folder(self, folder):
-        """The same of the pictures in a folder, --fd_reference."""
+        """The same of the pictures in a folder, --fd_reference; sample.py's grid.png is none of them."""
         files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        files = [file for file in files if file.name != "grid.png"]
         if len(files) < 2:
             raise UserError(f"--fd_reference {folder} holds {len(files)} pictures (.png, .jpg, .webp): give at least 2")
         pictures = (np.array(Image.open(file).convert("RGB")) for file in files)

@@ -61,11 +61,7 @@ def parse_args(argv=None):
     add("--guidance_scale", type=between(0), help="default: none for students and 4 steps, else the teacher's")
     add("--eval", help="rewards to report, name=weight,...: for example clipscore=1,geneval=1")
     add("--eval_prompts", help="prompt files of single rewards, name=FILE,...; the others see --prompts")
-    add(
-        "--fd_reference",
-        type=models.path,
-        help="folder of pictures to take the Frechet distance to, in CLIP's features",
-    )
+    add("--fd_reference", type=models.path, help="folder of pictures: Frechet distance to them in CLIP's features")
     add("--reward_dir", type=models.path, help="folder with reward weights that are not taken from the hub")
     add("--reward_batch_size", type=at_least(1), help="images a scorer takes at once (default: --batch_size)")
     add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
@@ -294,9 +290,7 @@ def main(args):
     if args.fd_reference:
         fd = rewards.frechet_distance(np.stack(features), reference)
         result["fd"] = {"value": fd, "n": len(features), "n_reference": len(reference)}
-        print(
-            f"FD {fd:.2f}: {len(features)} pictures to {len(reference)} of {args.fd_reference}, CLIP's pooled features"
-        )
+        print(f"FD {fd:.2f}: {len(features)} pictures to {len(reference)} of {args.fd_reference}, CLIP features")
     with models.named_failure(f"cannot write to {args.out}"):
         models.save_grid(torch.stack([shown[i] for i in sorted(shown)]), args.out / "grid.png", min(8, len(shown)))
         (args.out / "metadata.json").write_text(json.dumps({**result, "images": entries}, indent=1) + "\n")
