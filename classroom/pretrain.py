@@ -56,7 +56,7 @@ def parse_args(argv=None):
     p.add_argument("--clip_steps", type=at_least(1), default=500, help="batches of 192 image-caption pairs")
     p.add_argument("--teacher_steps", type=at_least(1), default=2400, help="global batches of 96 latents")
     p.add_argument("--n_latents", type=at_least(1), default=36000, help="the teacher's training images, in 500s")
-    p.add_argument("--n_prompts", type=at_least(6), default=600, help="held-out prompts that score the teacher")
+    p.add_argument("--n_prompts", type=at_least(6), default=600, help="pictures that score the VAE and the teacher")
     p.add_argument("--seed", type=at_least(0), default=0, help="covers data, initial weights and noise")
     return p.parse_args(argv)
 
@@ -116,6 +116,7 @@ def train_vae(args):
         metadata, images = batch_of(1000, rng)
         z = vae.encode(images * 2 - 1).latent_dist.mean
         vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=round(z.mean().item(), 4))
+        z, metadata = z[: args.n_prompts], metadata[: args.n_prompts]
         for sigma in (0.0, 0.1):
             y = vae.decode(z + sigma * z.std() * torch.randn_like(z)).sample.clamp(-1, 1) / 2 + 0.5
             print(f"VAE: strict GenEval of reconstructions, latent noise {sigma}: {strict(y, metadata).mean():.3f}")
