@@ -637,8 +637,7 @@ def named_failure(what):
 
 def run(main, args):
     """A script's entry: main(args), with a UserError shown as one line."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal may not know every letter of a prompt or folder
-        stream.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter; stderr is so by itself
     try:
         main(args)
     except UserError as error:

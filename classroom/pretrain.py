@@ -43,6 +43,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that `python classroom/pretrain.py` finds the package it lives in
 import models  # noqa: E402
 from classroom import shapes  # noqa: E402
+from models import at_least  # noqa: E402
 
 MAX_TOKENS = 14  # start token + at most 8 words + end token, and a tail of at least 4 that `parse_of` gives a use
 
@@ -50,12 +51,13 @@ MAX_TOKENS = 14  # start token + at most 8 words + end token, and a tail of at l
 def parse_args(argv=None):
     p = models.parser(__doc__.splitlines()[0])
     p.add_argument("--stages", nargs="+", default=["vae", "clip", "teacher"], choices=["vae", "clip", "teacher"])
-    p.add_argument("--out", type=Path, default=HERE, help="folder that receives teacher/ and clip/")
-    p.add_argument("--vae_steps", type=int, default=1200, help="batches of 32 images")
-    p.add_argument("--clip_steps", type=int, default=500, help="batches of 192 image-caption pairs")
-    p.add_argument("--teacher_steps", type=int, default=2400, help="global batches of 96 latents")
-    p.add_argument("--n_latents", type=int, default=36000, help="pre-encoded training images of the teacher")
-    p.add_argument("--seed", type=int, default=0, help="covers data, initial weights and noise")
+    p.add_argument("--out", type=models.path, default=HERE, help="folder that receives teacher/ and clip/")
+    p.add_argument("--vae_steps", type=at_least(1), default=1200, help="batches of 32 images")
+    p.add_argument("--clip_steps", type=at_least(1), default=500, help="batches of 192 image-caption pairs")
+    p.add_argument("--teacher_steps", type=at_least(1), default=2400, help="global batches of 96 latents")
+    p.add_argument("--n_latents", type=at_least(1), default=36000, help="the teacher's training images, in 500s")
+    p.add_argument("--n_prompts", type=at_least(6), default=600, help="pictures that score the VAE and the teacher")
+    p.add_argument("--seed", type=at_least(0), default=0, help="covers data, initial weights and noise")
     return p.parse_args(argv)
 
 
@@ -114,6 +116,7 @@ def train_vae(args):
         metadata, images = batch_of(1000, rng)
         z = vae.encode(images * 2 - 1).latent_dist.mean
         vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=round(z.mean().item(), 4))
+        z, metadata = z[: args.n_prompts], metadata[: args.n_prompts]
         for sigma in (0.0, 0.1):
             y = vae.decode(z + sigma * z.std() * torch.randn_like(z)).sample.clamp(-1, 1) / 2 + 0.5
             print(f"VAE: strict GenEval of reconstructions, latent noise {sigma}: {strict(y, metadata).mean():.3f}")
@@ -296,7 +299,7 @@ def encode_data(args, rng):
     pooled = torch.cat([o.text_embeds for o in outputs], -1)
     latents, index = [], []
     row = {prompt: i for i, prompt in enumerate(prompts)}
-    for _ in tqdm(range(args.n_latents // 500), "encode"):
+    for _ in tqdm(range(-(-args.n_latents // 500)), "encode"):
         metadata, images = batch_of(500, rng, position=2.5, counting=1.5)  # the hard ones more often
         z = vae.encode(images * 2 - 1).latent_dist.mean
         latents.append((z - vae.config.shift_factor) * vae.config.scaling_factor)
@@ -369,7 +372,7 @@ def train_teacher(args, rank, world_size):
             bar.set_postfix(loss=f"{loss.item():.4f}")
         last = step + 1 == args.teacher_steps
         if rank == 0 and (last or (step + 1) % 500 == 0):
-            save_teacher(model, ema, args.out / "teacher", n_prompts=600 if last else 120)
+            save_teacher(model, ema, args.out / "teacher", args.n_prompts if last else 120)
 
 
 def save_teacher(model, ema, folder, n_prompts):
@@ -413,10 +416,9 @@ def save_teacher(model, ema, folder, n_prompts):
 
 
 def main(args):
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
+    rank, world_size, _ = models.setup_distributed("cpu")
+    if world_size > 1:  # torchrun gives a process one thread
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-        torch.distributed.init_process_group("gloo")
     start = time.time()
     for turn, (stage, train) in enumerate((("vae", train_vae), ("clip", train_clip))):
         if stage in args.stages and rank == turn % world_size:  # side by side where there are two processes
@@ -431,4 +433,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    models.run(main, parse_args())

@@ -7,7 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 
 import models
 import rewards
-from classroom import shapes
+from classroom import pretrain, shapes
 
 HERE = models.CLASSROOM
 
@@ -72,6 +72,22 @@ def test_weights_are_small_and_load_as_a_plain_pipeline():
     images = pipe([m["prompt"] for m in metadata], guidance_scale=3.0, output_type="np", generator=generator).images
     assert images.shape[1:] == (64, 64, 3)
     assert strict((images * 255).round().astype(np.uint8), metadata) >= 0.8
+
+
+def test_stage_0_from_nothing_to_a_folder_that_diffusers_opens(tmp_path, capsys):
+    flags = "--vae_steps 3 --clip_steps 3 --teacher_steps 3 --n_latents 500 --n_prompts 12 --out".split()
+    pretrain.main(pretrain.parse_args([*flags, str(tmp_path)]))
+    assert "teacher, 28 guided steps, 12 held-out" in capsys.readouterr().out
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "teacher")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a circle", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)
+    scorers = rewards.load_scorers({"clipscore": 1.0}, "cpu", tmp_path)
+    assert scorers.score(torch.rand(1, 3, 64, 64), ["a circle"])["clipscore"].isfinite()
+    for part, committed in (("teacher", HERE / "teacher"), ("clip", HERE / "clip")):  # the same files as ours
+        names = [
+            {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()} for folder in (tmp_path / part, committed)
+        ]
+        assert names[0] == names[1]
 
 
 def test_vae_keeps_what_the_judge_sees():
