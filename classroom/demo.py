@@ -9,6 +9,10 @@ Writes report.md, samples.png and curves.png to --out.
     python classroom/demo.py --stages ablations                          about 75 minutes more
 
 trains each stage again without one part of the method, and writes to ablations.md what that costs.
+
+    python classroom/demo.py --stages frontier                           about an hour more
+
+trains stage 2 with several weights of the leash, and writes to frontier.md and frontier.png what rewards cost.
 """
 
 import json
@@ -45,6 +49,7 @@ ABLATIONS = {
     "no_matching": ("rtdmd.py", "--dm_weight 0", "no distribution matching"),
     "no_policy": ("rtdmd.py", "--policy_weight 0", "no policy gradient"),
 }
+FRONTIER = (0.01, 0.03, 0.1, 0.3, 1.0)  # --dm_weight
 
 
 def parse_args(argv=None):
@@ -52,8 +57,8 @@ def parse_args(argv=None):
     p.add_argument("--out", type=Path, default=Path("out/classroom"), help="folder of both runs and the report")
     p.add_argument("--seed", type=int, default=0, help="of both trainings; the evaluation is fixed")
     stages = ["acdmd", "rtdmd", "report"]
-    more = "ablations: train both stages again without one part at a time, about 75 minutes; compares with --out's runs"
-    p.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "ablations"], help=more)
+    more = "ablations: both stages without one part at a time; frontier: stage 2 with several weights of the leash"
+    p.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "ablations", "frontier"], help=more)
     p.add_argument("--acdmd_steps", type=int, help="iterations of stage 1 (default: acdmd.py's)")
     p.add_argument("--rtdmd_epochs", type=int, help="epochs of stage 2 (default: rtdmd.py's)")
     p.add_argument(
@@ -319,6 +324,31 @@ def draw_curves(runs, path, width=420, height=230):
     return True
 
 
+def draw_frontier(points, path, width=640, height=440):
+    """Strict GenEval over FD with their standard errors. points: [(label, (FD, error), (strict, error))]"""
+    sheet = Image.new("RGB", (width, height), "white")
+    ink = ImageDraw.Draw(sheet)
+    x0, y0, w, h = 60, 20, width - 90, height - 70
+    (left, right), (low, high) = (
+        (min(v - e for v, e in values), max(v + e for v, e in values))
+        for values in ([p[1] for p in points], [p[2] for p in points])
+    )
+    place = lambda fd, s: (x0 + (fd - left) / (right - left) * w, y0 + h - (s - low) / (high - low) * h)  # noqa: E731
+    ink.rectangle((x0, y0, x0 + w, y0 + h), outline="#888888")
+    for label, (fd, fd_error), (s, s_error) in points:
+        color = "#d03030" if "dm" in label else "#1f4e9c"
+        ink.line([place(fd - fd_error, s), place(fd + fd_error, s)], fill=color)
+        ink.line([place(fd, s - s_error), place(fd, s + s_error)], fill=color)
+        x, y = place(fd, s)
+        ink.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+        ink.text((x + 6, y - 14), label, color)
+    ink.text((x0, y0 + h + 6), f"{left:.2f}", "black"), ink.text((x0 + w - 24, y0 + h + 6), f"{right:.2f}", "black")
+    ink.text((10, y0 + h - 10), f"{low:.2f}", "black"), ink.text((10, y0), f"{high:.2f}", "black")
+    ink.text((x0 + w / 2 - 80, y0 + h + 22), "FD to real scenes (lower is better)", "black")
+    ink.text((x0 + 6, y0 + 4), "GenEval strict (higher is better)", "black")
+    sheet.save(path)
+
+
 STAGE_1 = [f"loss/ac_k{k}" for k in (1, 2, 3, 4)] + [f"loss/generator_k{k}" for k in (1, 4)]
 STAGE_1 += ["loss/cons", "grad_norm/generator", "eval/geneval_strict", "eval/clipscore"]
 STAGE_2 = ["eval/geneval_strict", "eval/clipscore", "reward/geneval_strict", "reward/clipscore"]
@@ -388,6 +418,35 @@ def ablations(args):
     return ["ablations.md"]
 
 
+def frontier(args):
+    """Train stage 2 with several weights of the leash; what does a reward cost in distribution?"""
+    folders, roles = {"acdmd": args.distilled / "generator_ema"}, {"AC-DMD": ("acdmd",)}
+    for i, weight in enumerate(FRONTIER):
+        run = args.out / "frontier" / f"dm_{weight}"
+        run_stage("rtdmd.py", args, run, "--dm_weight", weight, "--eval_every", 0)
+        folders[f"rl_{i}"], roles[f"dm {weight}"] = run / "final" / "rl_ema", ("acdmd", f"rl_{i}")
+    backbone, scorers = load_adapters(folders)
+    backbone.roles |= roles
+    guided = backbone.sigmas(28), 0.0, models.BACKBONES["classroom"]["guidance"]
+    samplers = [sampler(backbone, "teacher 28 steps guided", "teacher", *guided)]
+    samplers += [sampler(backbone, name, name, backbone.sigmas()) for name in roles]
+    metadata = shapes.sample_prompts(args.n_prompts, 0, "heldout")
+    rows = [evaluate(scorers, metadata, *columns) for columns in samplers]
+    real = distribution(scorers, shapes.pictures(metadata, 5), metadata)
+    epochs = json.loads((run / "args.json").read_text())["epochs"]
+    lines = [f"# Stage 2, {epochs} epochs, with several --dm_weight: {len(metadata)} held-out prompts, same seeds", ""]
+    lines += score_table(rows, metadata, real)
+    lines += ["", *difference_table([(f"{row['name']} − AC-DMD", row, rows[1]) for row in rows[2:]], real)]
+    write_table(args.out / "frontier", lines, rows)
+    points = []
+    for row in rows:
+        strict = row["scores"]["geneval_strict"]
+        (fd, *_), (fd_error, *_) = distance_difference(row, None, real)
+        points.append((row["name"], (fd, fd_error), (strict.mean(), bootstrap_error(strict))))
+    draw_frontier(points, args.out / "frontier.png")
+    return ["frontier.md", "frontier.png"]
+
+
 def main(args):
     start = time.perf_counter()
     with models.named_failure(f"cannot write to --out {args.out}"):
@@ -398,6 +457,7 @@ def main(args):
         run_stage("rtdmd.py", args, args.out / "rtdmd")
     files = report(args) if "report" in args.stages else []
     files += ablations(args) if "ablations" in args.stages else []
+    files += frontier(args) if "frontier" in args.stages else []
     if files:
         print(f"{args.out}/{', '.join(files)}; {(time.perf_counter() - start) / 60:.1f} minutes in all")
 

@@ -363,6 +363,21 @@ def test_demo_from_start_to_report_and_ablations(tmp_path, monkeypatch):
         assert json.loads((tmp_path / "ablations" / run / "args.json").read_text())[name] == value
 
 
+def test_the_frontier_is_trained_and_drawn(tmp_path, monkeypatch):
+    def run_stage(script, args, folder, *flags):  # what it trains; a run is as long as the preset's
+        shutil.copytree(ROOT / "classroom/adapters/rtdmd", folder / "final")
+        (folder / "args.json").write_text(json.dumps({"epochs": 7}))
+        assert (script, flags) == ("rtdmd.py", ("--dm_weight", float(folder.name[3:]), "--eval_every", 0))
+
+    monkeypatch.setattr(demo, "run_stage", run_stage)
+    monkeypatch.setattr(demo, "FRONTIER", (0.1, 1.0))
+    flags = ["--out", str(tmp_path), "--n_prompts", "12", "--distilled", str(ROOT / "classroom/adapters/acdmd")]
+    demo.main(demo.parse_args([*flags, "--stages", "frontier"]))
+    text = (tmp_path / "frontier.md").read_text()
+    assert "7 epochs" in text and "| dm 0.1 | 4 |" in text and "| dm 1.0 − AC-DMD |" in text
+    assert (tmp_path / "frontier.png").stat().st_size > 3_000
+
+
 def test_curves_are_drawn_of_what_there_is(tmp_path):
     file, png = tmp_path / "log.jsonl", tmp_path / "curves.png"
     for rows, drawn in (
