@@ -752,7 +752,7 @@ def weight_files(folder):
     index = folder / f"{names[0]}.index.json"
     if index.is_file():
         with named_failure(f"{index} cannot be read"):
-            names = sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
+            names = sorted(set(dict(json.loads(index.read_text())).get("weight_map", {}).values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         there = ", ".join(sorted(file.name for file in folder.glob("*.safetensors*"))) or "no .safetensors"
@@ -865,7 +865,10 @@ def adapter_config(file):
 
 def layer_number(config, name, pattern, path):
     """config[name] for the layer at `path`; of the patterns, as in PEFT, the first that fits counts."""
-    own = [value for key, value in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", path)]
+    try:
+        own = [value for key, value in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", path)]
+    except (AttributeError, re.error) as error:
+        raise ValueError(f"{pattern} is no table of patterns: {error}") from None
     value = own[0] if own else config.get(name)
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}, and must be a number")

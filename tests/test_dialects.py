@@ -285,6 +285,8 @@ DIALECTS = (
     ("PEFT, alpha null", "flux1", settings(lora_alpha=None), "lora_alpha is None, and must be a number"),
     ("PEFT, alpha a text", "flux1", settings(lora_alpha="8"), "lora_alpha is '8', and must be a number"),
     ("PEFT, rank a text", "flux1", settings(r="four"), "r is 'four', and must be a number"),
+    ("PEFT, a broken pattern", "flux1", settings(alpha_pattern={"to_(q": 3}), "alpha_pattern is no table of patterns"),
+    ("PEFT, a list of patterns", "flux1", settings(rank_pattern=["to_q"]), "rank_pattern is no table of patterns"),
     ("PEFT, another rank", "flux1", settings(r=8), "has A of rank 4 and B of rank 4; its settings say 8"),
     ("state dict", "flux1", renamed(lambda key: [key]), "equal"),
     ("state dict, wrapped", "flux1", renamed(wrapped), "equal"),

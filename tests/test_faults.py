@@ -100,6 +100,57 @@ def test_forty_kills_change_nothing(tmp_path):
     assert not list(out.glob(".*.partial")) and (out / "final" / "acdmd.py").is_file()
 
 
+def pairs(folder, n=20, steps=12):
+    """n times two runs in one folder, the second up to 3 s after the first; forks of one process that only imported.
+
+    Writes pairs.json: the exit status and the last line of each run, in order of their start.
+    """
+    torch.set_num_threads(1)
+    flags = [*FLAGS.split(), "--save_every", "4", "--steps", str(steps), "--device", "cpu", "--out"]
+    rng, rows = np.random.default_rng(0), []
+    for pair in range(-1, n):  # -1: a run alone
+        pids = []
+        for number in range(1 if pair < 0 else 2):
+            time.sleep(number * 3 * rng.random() * rng.random())
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                sys.stdout = sys.stderr = (folder / f"{pair}_{number}.txt").open("w", buffering=1)
+                try:
+                    models.run(acdmd.main, acdmd.parse_args([*flags, str(folder / f"run_{pair}")]))
+                    os._exit(0)
+                except SystemExit as error:
+                    os._exit(error.code)
+                finally:
+                    os._exit(99)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        lines = [(folder / f"{pair}_{number}.txt").read_text().splitlines()[-1] for number in range(len(pids))]
+        rows.append(list(zip(statuses, lines, strict=True)))
+    (folder / "pairs.json").write_text(json.dumps(rows))
+
+
+def test_twenty_pairs_of_runs_in_one_folder_leave_one_run_each(tmp_path):
+    """Whoever comes second ends with a line that says why, and takes nothing from the first."""
+    call = f"import pathlib, test_faults; test_faults.pairs(pathlib.Path({str(tmp_path)!r}))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone, *rows = json.loads((tmp_path / "pairs.json").read_text())
+    assert alone[0][0] == 0 and len(rows) == 20
+    met = 0
+    for pair, row in enumerate(rows):
+        assert sorted(status for status, _ in row) == [0, 2], row
+        line = next(line for status, line in row if status == 2)
+        assert "is in use by process" in line or "holds a run" in line, line
+        met += "is in use by" in line
+        a, b = tmp_path / "run_-1", tmp_path / f"run_{pair}"
+        assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir()) and log(a) == log(b)
+        for name in ("generator", "generator_ema", "fake"):
+            assert (a / "final" / name / models.LORA_FILE).read_bytes() == (
+                b / "final" / name / models.LORA_FILE
+            ).read_bytes()
+    assert met >= 5, "hardly two runs met: make them longer"
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run of two steps with a checkpoint each."""
