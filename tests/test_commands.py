@@ -1,0 +1,120 @@
+"""Every command that the READMEs and the scripts' docstrings show, run at its smallest size; Python blocks too.
+
+A command is known by a pattern of TABLE. One that no pattern knows fails, and so does a pattern without a command.
+"""
+
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import rewards
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = [path for path in (ROOT / "README.md", ROOT / "classroom/README.md") if path.is_file()]
+SCRIPTS = "acdmd.py rtdmd.py sample.py rewards.py classroom/demo.py classroom/pretrain.py tests/bench.py".split()
+SCRIPTS += ["tests/bench_rewards.py"]
+
+SMALL = "--batch_size 2 --consistency_batch 1 --sample_every 0 "
+PARSE = "its arguments are read, no more"
+TABLE = {  # pattern of a command -> flags that make it small (the last of two alike wins), PARSE, or why it cannot run
+    r"^python3 -m venv|^\. |^pip install": "makes an environment",
+    r"-m pytest": "these tests",
+    r"--nnodes": PARSE,
+    r"(acdmd|rtdmd|sample)\.py.* --model ": PARSE,  # published weights
+    r"tests/bench\.py --model": "a GPU",
+    r"tests/bench_rewards\.py": "published sizes; test_rewards.py runs it on small networks",
+    r"tests/bench\.py$": "minutes; test_backbones.py runs it on small networks",
+    r"demo\.py": PARSE,  # test_scripts.py runs all of it
+    r"pretrain\.py": PARSE,  # test_classroom.py runs all of it
+    r"python acdmd\.py$": SMALL + "--steps 1 --out out/acdmd",
+    r"python rtdmd\.py --distilled": SMALL + "--epochs 1 --batches 1 --group_size 2 --out out/rtdmd",
+    r"torchrun.* acdmd\.py --device cpu": SMALL + "--steps 1",
+    r"torchrun.* rtdmd\.py --device cpu": SMALL + "--epochs 1 --batches 1 --group_size 2",
+    r"python sample\.py .*--export": "",
+    r"python sample\.py": "--n_images 1",
+    r"python rewards\.py": "--n 6",
+}
+PLACES = {".../": "out/classroom/", " DIR": " out/sd35/acdmd/final"}  # what a docstring leaves open
+
+
+def text_of(path):
+    """A README, or the docstring of a script."""
+    text = path.read_text(encoding="utf-8")
+    return text if path.suffix == ".md" else text.split('"""')[1]
+
+
+def commands_of(text):
+    """Lines of code blocks, indented ones, and code between backticks that begin as a command does."""
+    text = re.sub(r" *\\\n +", " ", text)
+    begins = r"(?:python3?|torchrun|pip) "
+    found = re.findall(rf"^ *({begins}[^\n]+)|`({begins}[^`\n]+)`", text, re.M)
+    for line in (a or b for a, b in found):
+        line = re.split(r" {2,}| #", line)[0]  # what follows explains it
+        yield from (part.strip() for part in line.split("&&"))
+
+
+def entry(command):
+    return next((pattern for pattern in TABLE if re.search(pattern, command)), None)
+
+
+COMMANDS = list(
+    dict.fromkeys(c for path in (*READMES, *(ROOT / s for s in SCRIPTS)) for c in commands_of(text_of(path)))
+)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder that looks like the repository, so that nothing is written to the real one."""
+    for path in ROOT.iterdir():
+        if path.name not in ("out", ".git"):
+            (tmp_path / path.name).symlink_to(path)
+    rows = "".join(json.dumps(row) + "\n" for row in rewards.geneval_prompts(3))
+    (tmp_path / "evaluation_metadata.jsonl").write_text(rows)
+    for run in ("classroom/acdmd", "classroom/rtdmd", "sd35/acdmd"):
+        shutil.copytree(ROOT / "classroom/adapters" / Path(run).name, tmp_path / "out" / run / "final")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(script, *flags):
+    """A script as `python SCRIPT FLAGS` runs it."""
+    sys.argv = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
+
+
+def test_every_command_is_known_and_every_pattern_needed():
+    assert len(COMMANDS) > 20
+    assert not [command for command in COMMANDS if entry(command) is None]
+    assert not set(TABLE) - {entry(command) for command in COMMANDS}
+
+
+def test_every_command_runs(checkout, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["python"])
+    failed = []
+    for command in COMMANDS:
+        more = TABLE[entry(command)]
+        _, script, flags = re.fullmatch(r"(.*?)(\S+\.py)(.*)", command).groups() if ".py" in command else ("", "", "")
+        for name, place in PLACES.items():
+            flags = flags.replace(name, place)
+        try:
+            if more == PARSE:
+                runpy.run_path(script)["parse_args"](shlex.split(flags))
+            elif not more or more.startswith("--"):
+                start(script, *shlex.split(flags), *more.split())
+        except (Exception, SystemExit) as error:
+            failed.append((command, repr(error)))
+    assert not failed
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_blocks_run(path, checkout):
+    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(path), "exec"), {})
