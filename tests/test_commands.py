@@ -20,7 +20,7 @@ READMES = [path for path in (ROOT / "README.md", ROOT / "classroom/README.md") i
 SCRIPTS = "acdmd.py rtdmd.py sample.py rewards.py classroom/demo.py classroom/pretrain.py tests/bench.py".split()
 SCRIPTS += ["tests/bench_rewards.py"]
 
-SMALL = "--batch_size 2 --consistency_batch 1 --sample_every 0 "
+SMALL = "--batch_size 2 --consistency_batch 1 --sample_every 0 --eval_every 0 "
 PARSE = "its arguments are read, no more"
 TABLE = {  # pattern of a command -> flags that make it small (the last of two alike wins), PARSE, or why it cannot run
     r"^python3 -m venv|^\. |^pip install": "makes an environment",
