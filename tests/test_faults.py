@@ -158,6 +158,83 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
+def test_only_folders_of_the_run_are_its_own(run):
+    """Copies that a user makes are no checkpoints: they stay, also when later ones go, and --resume looks past them."""
+    for name in ("step_000001_best", "step_best", "step_000001.bak", "final_old"):
+        shutil.copytree(run / "step_000001", run / name)
+    (run / "step_000077").write_text("a file")
+    resume(run, "--steps", "6")
+    left = sorted(path.name for path in run.glob("*_*"))
+    assert left == ["final_old", "step_000001.bak", "step_000001_best", "step_000005", "step_000006", "step_000077"] + [
+        "step_best"
+    ]
+    for number in (999_999, 1_000_000):
+        (run / f"step_{number:06d}").mkdir()
+    assert [path.name for path in models.step_folders(run)[-2:]] == ["step_999999", "step_1000000"]
+
+
+def test_checkpoints_are_kept_as_asked(tmp_path):
+    flags = [*FLAGS.split(), "--steps", "7", "--keep_every", "3", "--out", str(tmp_path / "run")]
+    acdmd.main(acdmd.parse_args(flags))
+    assert [int(path.name[5:]) for path in models.step_folders(tmp_path / "run")] == [3, 6, 7]
+
+
+def test_what_is_not_as_it_was_is_printed(run, tmp_path, capsys, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    out = str(tmp_path / "other")
+    acdmd.main(acdmd.parse_args([*FLAGS.split(), "--steps", "1", "--prompts", str(prompts), "--out", out]))
+    prompts.write_text("a red circle\na blue cross\n")
+    settings = json.loads((tmp_path / "other/step_000001/args.json").read_text())
+    (tmp_path / "other/step_000001/args.json").write_text(json.dumps(settings | {"world size": 8}))
+    shutil.rmtree(tmp_path / "other/final")
+    capsys.readouterr()
+    acdmd.main(acdmd.parse_args([*FLAGS.split(), "--steps", "2", "--prompts", str(prompts), "--resume", out]))
+    said = capsys.readouterr().out
+    assert "not as before step 1: world size was 8, is 1" in said
+    assert "not as before step 1: prompts read was 2, sha256 " in said and "--steps was 1, is 2" in said
+    assert "--lr" not in said
+
+
+def test_nothing_goes_that_was_not_seen_at_the_first_look(run):
+    """A checkpoint that appears after the look, whoever made it, stays."""
+    args = acdmd.parse_args([*FLAGS.split(), "--steps", "3", "--resume", str(run / "step_000001")])
+    look = models.Run.__init__
+
+    def then_another(self, *rest):
+        look(self, *rest)
+        shutil.copytree(run / "step_000002", run / "step_000009")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.Run, "__init__", then_another)
+        acdmd.main(args)
+    assert (run / "step_000009" / "state.pt").is_file() and (run / "final").is_dir()
+
+
+def test_a_folder_in_use_names_who_uses_it(run):
+    """The lock is the operating system's, and goes with the process that holds it."""
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)"
+    holder = [sys.executable, "-c", code + "; time.sleep(60)", str(run / ".lock")]
+    with subprocess.Popen(holder, stdout=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        with pytest.raises(models.UserError, match="is in use by .*: let it end, or give another --out"):
+            resume(run, "--steps", "3")
+        process.kill()
+    resume(run, "--steps", "3")
+
+
+@pytest.mark.parametrize("flag", ("--out", "--prompts", "--resume", "--reward_dir", "--eval_prompts", "--fd_reference"))
+def test_the_home_folder_is_meant_by_a_tilde(flag, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    args = acdmd.parse_args([f"{flag}=~/runs"])
+    assert vars(args)[flag[2:]] == Path("/somewhere/runs")
+
+
+def test_a_resolution_beyond_the_table_of_positions_is_named(tmp_path):
+    with pytest.raises(models.UserError, match="resolution 80: this transformer's table of positions ends at 64"):
+        acdmd.main(acdmd.parse_args([*FLAGS.split(), "--resolution", "80", "--out", str(tmp_path)]))
+
+
 def resume(out, *more):
     acdmd.main(acdmd.parse_args([*FLAGS.split(), "--steps", "3", "--out", str(out), "--resume", str(out), *more]))
 
