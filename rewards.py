@@ -1371,9 +1371,9 @@ def in_words(need):
 def parse_args(argv=None):
     what = "Write GenEval-style training prompts."
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=what, allow_abbrev=False)
-    p.add_argument("file", type=Path, help="the .jsonl to write")
+    p.add_argument("file", type=models.path, help="the .jsonl to write")
     p.add_argument("--n", type=int, default=50_000, help="prompts")
-    p.add_argument("--exclude", type=Path, help="GenEval .jsonl whose content must not come, in whatever words")
+    p.add_argument("--exclude", type=models.path, help="GenEval .jsonl whose content must not come, in whatever words")
     args = p.parse_args(argv)
     if args.n < 1 or args.file.suffix != ".jsonl" or args.file.exists():
         p.error(f"{args.file} --n {args.n}: a new .jsonl, --n at least 1")

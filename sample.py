@@ -121,7 +121,7 @@ def parse_files(text, columns):
             raise models.UserError(f"--eval_prompts {item}: write name=FILE for a reward of --eval ({asked})")
         if rewards.SCORERS[name] in (rewards.SCORERS[other] for other in files):
             raise models.UserError(f"--eval_prompts {item}: that scorer has a file already")
-        files[name] = Path(file)
+        files[name] = models.path(file)
     return files
 
 

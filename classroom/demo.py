@@ -54,7 +54,7 @@ FRONTIER = (0.01, 0.03, 0.1, 0.3, 1.0)  # --dm_weight
 
 def parse_args(argv=None):
     p = models.parser(__doc__.splitlines()[0])
-    p.add_argument("--out", type=Path, default=Path("out/classroom"), help="folder of both runs and the report")
+    p.add_argument("--out", type=models.path, default=Path("out/classroom"), help="folder of both runs and the report")
     p.add_argument("--seed", type=int, default=0, help="of both trainings; the evaluation is fixed")
     stages = ["acdmd", "rtdmd", "report"]
     more = "ablations: both stages without one part at a time; frontier: stage 2 with several weights of the leash"
@@ -65,8 +65,8 @@ def parse_args(argv=None):
         "--processes", type=int, default=min(2, os.cpu_count() or 1), choices=[1, 2], help="of each training"
     )
     p.add_argument("--n_prompts", type=int, default=600, help="held-out prompts of the comparison")
-    p.add_argument("--distilled", type=Path, help="stage 1's final folder (default: --out/acdmd/final)")
-    p.add_argument("--rl", type=Path, help="stage 2's final folder (default: --out/rtdmd/final)")
+    p.add_argument("--distilled", type=models.path, help="stage 1's final folder (default: --out/acdmd/final)")
+    p.add_argument("--rl", type=models.path, help="stage 2's final folder (default: --out/rtdmd/final)")
     args = p.parse_args(argv)
     if args.n_prompts < 12:
         p.error(f"--n_prompts {args.n_prompts}: at least 12, two for each task type")

@@ -196,7 +196,7 @@ if __name__ == "__main__":
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpointing", default="auto", choices=["auto", "on", "off"], help="as in the stages")
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, help=".jsonl to append the rows to")
+    parser.add_argument("--out", type=models.path, help=".jsonl to append the rows to")
     args = parser.parse_args()
     if args.random_weights and args.model == "classroom":
         parser.error("--random_weights: the classroom has weights; leave the flag out")

@@ -215,7 +215,7 @@ if __name__ == "__main__":
     parser.add_argument("--resolution", type=int, default=1024, help="pixels a side")
     parser.add_argument("--repeat", type=int, default=5, help="timed calls")
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, help=".jsonl to append the rows to")
+    parser.add_argument("--out", type=models.path, help=".jsonl to append the rows to")
     args = parser.parse_args()
     for name in ("batch_size", "resolution", "repeat"):
         if getattr(args, name) < 1:
