@@ -15,6 +15,7 @@ Writes to --out: 00000.png, ... , grid.png and metadata.json (settings, prompts 
 Several processes share the batches; pictures and scores are those of one process.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -258,7 +259,7 @@ def main(args):
             batches.append((range(start + b, start + b + len(part)), part, columns))
         start += len(pairs)
     reference = scorers.features_of_folder(args.fd_reference) if args.fd_reference else None
-    entries, shown, features, seconds = {}, {}, [], 0.0
+    entries, shown, features, written, seconds = {}, {}, [], [], 0.0
     for indices, pairs, columns in tqdm(batches[rank::world_size], "images", unit="batch", disable=rank > 0):
         prompts, metadata = [prompt for prompt, _ in pairs], [m for _, m in pairs]
         begin = time.perf_counter()
@@ -268,8 +269,9 @@ def main(args):
         scores = scorers.score(images, prompts, metadata, columns) if columns else {}
         features += list(scorers.features(images)) if args.fd_reference else []
         for j, i in enumerate(indices):
-            with models.named_failure(f"cannot write to {args.out}"):
-                models.save_grid(images[j][None], args.out / f"{i:05d}.png", 1, gap=0)
+            written.append(args.out / f"{i:05d}.png")
+            with all_or_nothing(args.out, written):
+                models.save_grid(images[j][None], written[-1], 1, gap=0)
             entries[i] = {**metadata[j], "scores": {name: values[j].item() for name, values in scores.items()}}
             if i < 64:
                 shown[i] = images[j]
@@ -291,11 +293,24 @@ def main(args):
         fd = rewards.frechet_distance(np.stack(features), reference)
         result["fd"] = {"value": fd, "n": len(features), "n_reference": len(reference)}
         print(f"FD {fd:.2f}: {len(features)} pictures to {len(reference)} of {args.fd_reference}, CLIP features")
-    with models.named_failure(f"cannot write to {args.out}"):
+    written += [args.out / "grid.png", args.out / "metadata.json"]
+    with all_or_nothing(args.out, written):
         models.save_grid(torch.stack([shown[i] for i in sorted(shown)]), args.out / "grid.png", min(8, len(shown)))
         (args.out / "metadata.json").write_text(json.dumps({**result, "images": entries}, indent=1) + "\n")
     how = f"{result['sampler']}: {result['nfe']} NFE, {ms:.0f} ms an image"
     print(f"{len(entries)} images, {how}; {args.out}/grid.png, metadata.json")
+
+
+@contextlib.contextmanager
+def all_or_nothing(folder, written):
+    """On a full disk what was written goes again, so that the same command can be given once there is room."""
+    try:
+        with models.named_failure(f"cannot write to {folder}"):
+            yield
+    except models.UserError:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def sampler(args):

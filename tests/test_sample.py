@@ -117,6 +117,7 @@ def test_a_full_disk_is_named_while_pictures_are_written(tmp_path, capsys):
     with full_disk(300):
         said = refused(capsys, "--prompt", "a circle", "--out", tmp_path / "s")
     assert f"cannot write to {tmp_path}/s: [Errno 27] File too large" in said
+    sample.main(sample.parse_args(["--prompt", "a circle", "--out", str(tmp_path / "s")]))  # nothing is in the way
 
 
 def test_a_full_disk_is_named_while_metadata_are_written(tmp_path, monkeypatch, capsys):
@@ -130,6 +131,7 @@ def test_a_full_disk_is_named_while_metadata_are_written(tmp_path, monkeypatch, 
     monkeypatch.setattr(sample, "generate", filling)
     said = refused(capsys, "--prompt", "a circle", "--out", tmp_path / "s")
     assert f"cannot write to {tmp_path}/s: [Errno 28] No space left on device" in said
+    assert not list((tmp_path / "s").iterdir())
 
 
 def test_an_export_on_a_full_disk_leaves_nothing_in_the_way(tmp_path, capsys):
