@@ -64,7 +64,7 @@ def parse_args(argv=None):
     add("--lr_decay", type=between(0, 1), default=0.0, help="share of the run over which both fall to 0; paper: 0")
     add("--fake_update_ratio", type=at_least(1), default=10, help="fake-score updates per generator update; paper: 10")
     add("--rank", type=at_least(1), default=32, help="LoRA rank; alpha is twice that. Paper: 32")
-    add("--guidance_scale", type=between(0), help="of the teacher; 1 or less: none (default: the backbone's)")
+    add("--guidance_scale", type=between(0), help="of the teacher, classifier-free; 1 or less: none")
     add("--eta", type=between(0, 1), default=0.9, help="CPS stochasticity, 0 ODE to 1 full re-noising; paper: 0.9")
     add("--gamma", type=between(0), default=0.01, help="weight of L_cons; paper: 0.01. 0: ablation without it")
     add("--delta_max", type=at_least(1), default=200, help="L_cons: largest step back, in timesteps; paper: 200")

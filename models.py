@@ -1,4 +1,4 @@
-"""What both stages share: sampler and formulas, noise, LoRA, backbones; below the second banner, how a run is run.
+"""What both stages share: formulas, noise, LoRA, backbones, sampler; below the banner "running", how a run is run.
 
 A backbone wraps a diffusers pipeline object. Text encoding, VAE, scheduler and packing are the pipeline's own; this
 file adds `velocity`, which runs the one frozen transformer as teacher, generator or fake score. A role is a list
@@ -565,7 +565,7 @@ def add_run_flags(p, presets, out, unit, every):
     add("--log_every", type=at_least(1), default=1, help=f"{unit} whose log lines share one device sync")
     add("--sample_every", type=at_least(0), default=every, help=f"{unit} between sample grids; 0: none")
     add("--save_every", type=at_least(1), default=every, help=f"{unit} between checkpoints")
-    add("--keep_every", type=at_least(0), default=0, help="checkpoints to keep beside the two newest; 0: none")
+    add("--keep_every", type=at_least(0), default=0, help=f"{unit} between checkpoints that stay for good; 0: none")
     add("--wandb", action="store_true", help="log to Weights & Biases too")
 
 
@@ -578,6 +578,8 @@ def parse_with_preset(p, presets, argv=None):
     args = p.parse_args(argv)
     if args.prompts is None and args.model != "classroom":
         p.error(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .json, .csv or .tsv)")
+    if not args.eval_every and (args.eval_prompts or args.fd_reference):
+        p.error("--eval_prompts and --fd_reference are of the evaluation during training: give --eval_every N too")
     if args.resume and args.out == p.get_default("out"):
         args.out = args.resume.parent if (args.resume / "state.pt").is_file() else args.resume
     return args
@@ -1128,7 +1130,10 @@ def setup_distributed(device=None):
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError("--device cuda was given, but torch sees no GPU: use --device cpu")
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        local, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= n:
+            raise UserError(f"process {local} of this machine has no GPU, torch sees {n}: give --nproc_per_node={n}")
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world_size > 1 and not dist.is_initialized():
@@ -1352,20 +1357,21 @@ class Run:
         """The steps that are left, from 0. What is due after a step is done when the next one is asked for."""
         shown = dict(desc=name, initial=self.start, total=self.total, disable=self.rank > 0)
         self.bar = Run.bar = tqdm(**shown)
-        self.since = time.perf_counter()
         every = self.args.sample_every
         if self.heldout and self.start == 0:
             self.evaluate(0)
+        self.since = time.perf_counter()
         for step in range(self.start, self.total):
             yield step
             done, stopped = step + 1, self.stop.agreed(self.world_size)
             saving = done % self.args.save_every == 0 or done == self.total or stopped
-            if saving:  # what is not finite must stop the run before it is saved
+            judging = self.heldout and (done % self.heldout.every == 0 or done == self.total)
+            if saving or judging:  # what is not finite must stop the run before it is saved
                 self.write_rows()
             paused = time.perf_counter()
             if every and (done % every == 0 or step == 0):
                 self.sample_grid(done)
-            if self.heldout and (done % self.heldout.every == 0 or done == self.total):
+            if judging:
                 self.evaluate(done)
             if saving:
                 self.save(done)
@@ -1379,6 +1385,7 @@ class Run:
     def interrupted(self, step):
         """True if a stop was asked for within step `step`, of which nothing is learned yet: its draws come back."""
         if self.stop.agreed(self.world_size):
+            self.write_rows()  # before saving, as in `steps`
             self.save(step)
             self.print_stopped(step)
         return self.stop.asked
@@ -1437,7 +1444,6 @@ class Run:
 
     def evaluate(self, done):
         """Score the EMA generator's pictures of the held-out set, dealt to the processes: a log line of its own."""
-        self.write_rows()
         backbone, n, evaluations = self.backbone, len(self.heldout.pairs), self.backbone.evaluations
         turns = -(-n // self.world_size)  # as many for every process: sharded networks need them all for a forward
         mine, scores = [(self.rank + i * self.world_size) % n for i in range(turns)], []

@@ -941,11 +941,15 @@ def find_scorer(reward):
         raise UserError(f"unknown reward {reward!r}; allowed: {', '.join(SCORERS)}, or file.py:function of your own")
     if SCORERS.get(name) in CLASSES:
         raise UserError(f"reward {reward}: {name} is one of the nine, give the function another name")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    file = models.path(file).resolve()
+    if getattr(SCORERS.get(name), "file", file) != file:
+        raise UserError(f"reward {reward}: {name} is a function of {SCORERS[name].file} too: give one another name")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         SCORERS[name] = own_scorer(name, getattr(module, name))
+        SCORERS[name].file = file
     except Exception as error:  # whatever the file's code raises
         raise UserError(f"reward {reward}: {type(error).__name__}: {models.first_line(error)}") from error
     return name
@@ -1154,12 +1158,15 @@ class HeldOut:
         size = args.reward_batch_size or args.batch_size
         options = (args.reward_dir, size, args.offload_rewards, shared)
         self.scorers, self.reference = load_scorers(args.eval_rewards, device, *options), None
+        if args.fd_reference and len(self.pairs) < 2:
+            raise UserError("--fd_reference compares sets of pictures: give --eval_prompts of 2 prompts or more")
         if args.fd_reference:
             self.reference = self.scorers.features_of_folder(args.fd_reference)
-        elif args.model == "classroom":
-            from classroom.shapes import pictures
+        elif args.model == "classroom" and len(self.pairs) > 1:
+            from classroom.shapes import COLORS, SHAPES, pictures
 
-            self.reference = self.scorers.features(pictures([m for _, m in self.pairs], seed=5))
+            if not any(geneval_fault(m, SHAPES, COLORS) for _, m in self.pairs):  # plain texts cannot be drawn
+                self.reference = self.scorers.features(pictures([m for _, m in self.pairs], seed=5))
 
     def score(self, images, indices):
         """[(index, ({reward: score}, features))] of pictures [B, 3, H, W] of the prompts with these indices."""

@@ -85,7 +85,7 @@ def parse_args(argv=None):
     add("--lr_fake", type=between(0), default=3e-5, help="learning rate of the fake score")
     add("--lr_decay", type=between(0, 1), default=0.0, help="share of the run over which both fall to 0; paper: 0")
     add("--init_std", type=between(0), default=1.0, help="std of the fresh adapters' A; the published rates need 1")
-    add("--guidance_scale", type=between(0), help="of the teacher; 1 or less: none (default: the backbone's)")
+    add("--guidance_scale", type=between(0), help="of the teacher, classifier-free; 1 or less: none")
     add("--eta", type=between(0, 1), default=0.9, help="CPS stochasticity, above 0; paper: 0.9")
     add("--n_chosen", type=int, default=2, choices=[1, 2, 3], help="SubGRPO: trained stochastic steps; 3: ablation")
     add("--clip_range", type=between(0), default=1e-5, help="of the policy ratio; paper: 1e-5")

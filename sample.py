@@ -40,23 +40,13 @@ def parse_args(argv=None):
     add("--model", default="classroom", choices=models.BACKBONES, help="backbone")
     add("--weights", help="pipeline folder or hub id in place of the published one (FLUX.2's student: its own)")
     add("--resolution", type=at_least(1), help="pixels a side (default: 1024, the classroom's 64)")
-    add(
-        "--lora",
-        action="append",
-        default=[],
-        type=models.path,
-        help="adapter folder; repeat to stack, applied in order",
-    )
+    add("--lora", action="append", default=[], type=models.path, help="adapter; repeat to stack, applied in order")
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
-    add("--prompts", type=models.path, help=".txt, .jsonl or .json; default: the classroom's held-out captions")
+    add("--prompts", type=models.path, help=".txt, .jsonl, .json, .csv or .tsv (default: classroom captions, held out)")
     add("--n_images", type=at_least(1), help="the first n prompts (classroom default 48, else all of the file)")
     add("--per_prompt", type=at_least(1), help='pictures of each prompt (default: its "n" in the file, else 1)')
     add("--steps", type=at_least(1), default=4, help="from noise to picture")
-    add(
-        "--export",
-        type=models.path,
-        help="write the transformer with the adapters merged in to this new folder, and stop",
-    )
+    add("--export", type=models.path, help="write the transformer, adapters merged in, to this new folder, and stop")
     add("--export_lora", type=models.path, help="write the adapters as one to this new .safetensors file, and stop")
     add("--eta", type=between(0, 1), help="CPS stochasticity (default 0.9 for students and 4 steps, else 0)")
     add("--guidance_scale", type=between(0), help="default: none for students and 4 steps, else the teacher's")
@@ -66,12 +56,8 @@ def parse_args(argv=None):
     add("--reward_dir", type=models.path, help="folder with reward weights that are not taken from the hub")
     add("--reward_batch_size", type=at_least(1), help="images a scorer takes at once (default: --batch_size)")
     add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
-    add(
-        "--out",
-        type=models.path,
-        help="new folder for pictures and metadata.json (default: out/samples, out/samples_2, ...)",
-    )
-    add("--seed", type=at_least(0), default=0, help="image i depends on (seed, i) alone, not on the batch")
+    add("--out", type=models.path, help="new folder (default: out/samples, out/samples_2, ...)")
+    add("--seed", type=at_least(0), default=0, help="of image i's noise, and of the choice of classroom captions")
     add("--batch_size", type=at_least(1), default=50, help="images at once")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = p.parse_args(argv)
@@ -224,6 +210,8 @@ def main(args):
     rank, world_size, device = models.setup_distributed(args.device)
     target = args.export or args.export_lora
     sets, weights = prompt_sets(args) if not target else ([], {})
+    if args.fd_reference and not target and sum(len(pairs) for pairs, _ in sets) < 2:
+        raise models.UserError("--fd_reference compares sets of pictures: ask for 2 or more (--n_images, --per_prompt)")
     folder = target.parent if target else args.out
     with models.named_failure(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)

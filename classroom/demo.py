@@ -255,7 +255,7 @@ def write_table(path, lines, rows):
         row["scores"] = {c: v.tolist() for c, v in row["scores"].items()}
     path.with_suffix(".json").write_text(json.dumps(flat) + "\n")
     text = "\n".join(lines) + "\n"
-    path.with_suffix(".md").write_text(text)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
     print("\n" + text)
 
 

@@ -235,7 +235,7 @@ def test_a_stop_in_the_middle_of_an_epoch_of_stage_2_loses_nothing(distilled, tm
         return sample_(*args)
 
     monkeypatch.setattr(rtdmd, "sample", interrupted)
-    first = stage_2(tmp_path / "run", distilled / "final", "--epochs", 3)
+    first = stage_2(tmp_path / "run", distilled / "final", "--epochs", 3, "--log_every", 3)  # the row was pending
     assert len(first) == 1 and asked.count(1) == 1  # one of the second epoch's two micro-batches was sampled
     assert "stopped after epoch 1; go on with the same command and --resume" in capsys.readouterr().out
     monkeypatch.undo()
@@ -453,6 +453,28 @@ def test_sample_tells_the_distance_to_a_folder_of_pictures(tmp_path, capsys):
     same, other = (json.loads((tmp_path / out / "metadata.json").read_text())["fd"] for out in "bc")
     assert (same["n"], same["n_reference"]) == (12, 12) and same["value"] == pytest.approx(0, abs=1e-4)
     assert other["value"] > 0.1 and "12 pictures to 12 of" in capsys.readouterr().out
+
+
+def test_what_cannot_be_evaluated_is_said_first(tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("a cat\n")
+    (tmp_path / "plain.txt").write_text("a cat\na dog\n")
+    flags = ["--eval_rewards", "clipscore", "--eval_every", "5", "--eval_prompts"]
+    plain = acdmd.parse_args([*flags, str(tmp_path / "plain.txt")])
+    assert rewards.HeldOut(plain, "cpu").reference is None  # nobody can draw these
+    one = acdmd.parse_args([*flags, str(tmp_path / "one.txt"), "--fd_reference", str(tmp_path)])
+    with pytest.raises(models.UserError, match="give --eval_prompts of 2 prompts or more"):
+        rewards.HeldOut(one, "cpu")
+    with pytest.raises(models.UserError, match="ask for 2 or more"):
+        sample.main(sample.parse_args(["--prompt", "a cat", "--fd_reference", str(tmp_path)]))
+    with pytest.raises(SystemExit):
+        acdmd.parse_args(["--eval_every", "0", "--eval_prompts", "a.txt"])
+    assert "give --eval_every N too" in capsys.readouterr().err
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.py").write_text("def twice(images, prompts, metadata): return [0.0] * len(prompts)")
+    rewards.find_scorer(f"{tmp_path}/a/own.py:twice")
+    with pytest.raises(models.UserError, match="twice is a function of .*a/own.py too: give one another name"):
+        rewards.find_scorer(f"{tmp_path}/b/own.py:twice")
 
 
 def test_rewards_of_training_serve_the_evaluation_too(tmp_path):
