@@ -1,28 +1,40 @@
-"""Speed and memory of both stages at published size: ms, images/s, MFU and peak GB of their four parts.
+"""Speed and memory of both stages at published size: ms, images/s, MFU and peak GB of their five parts.
 
     python tests/bench.py                                               the classroom, on a CPU
     python tests/bench.py --model sd35 --random_weights                 one GPU; nothing is downloaded
     python tests/bench.py --model flux1 --random_weights --batch_size 4 --compile
+    python tests/bench.py --plan                                        will it fit? No GPU and no weights are needed
 
 Stage 1: a fake-score step (rollout of k = 2, L_ac and L_cons) and a generator step (rollout, teacher with guidance,
-L_G). Stage 2: a rollout with decoding, and the update of one micro-batch (fake score, two chosen steps, the leash).
+L_G). Stage 2: a rollout with decoding, and the updates by one micro-batch (fake score; two chosen steps and the leash).
 MFU: matrix products and attention of the forwards, as torch counts them, a backward as one forward more (the frozen
 base needs no weight gradients), over the device's dense bf16 peak. A recomputed forward is not counted.
+
+--plan runs the same parts on fake tensors, which have shapes and no numbers, and adds up what is alive at once. What
+kernels need inside, fragments and the CUDA context (1 to 2 GB) come on top: leave 10%.
 """
 
 import argparse
 import json
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import bench_rewards  # noqa: E402
+
 import acdmd  # noqa: E402
 import models  # noqa: E402
+import rewards  # noqa: E402
 import rtdmd  # noqa: E402
 
 SD3 = dict(sample_size=128, attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=1536)
@@ -85,6 +97,66 @@ def random_backbone(model, device, dtype, resolution=None):
     return backbone
 
 
+def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
+    """{part: function that runs it once on n images}, from the stages' own functions. one: stage 1's settings."""
+    cond, device = backbone.encode(["a prompt"] * n), backbone.device
+    noise, levels = models.Noise(0, range(n), backbone.latent_shape, device), sigmas[:3]
+    n_cons = one.consistency_batch or n
+
+    def fake_step():
+        x_s = acdmd.rollout(backbone, cond, levels, one.eta, noise)
+        sigma_t = acdmd.draw_t(noise.uniform("t"), levels[-1])
+        x_t, target, sigma_ts = acdmd.renoise(x_s, levels[-1], sigma_t, noise.normal("z"))
+        v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+        loss_ac = acdmd.fake_score_loss(v_fake, target, sigma_ts)
+        point = x_t, sigma_t, v_fake
+        loss_cons = acdmd.consistency(backbone, cond, point, noise[:n_cons], one.eta, one.delta_max)
+        (loss_ac + one.gamma * loss_cons).backward()
+        models.step_optimizer(optimizers["fake"], 1e-5, 1)
+
+    def generator_step():
+        x_s = acdmd.rollout(backbone, cond, levels, one.eta, noise, grad=True)
+        _, g = rtdmd.matching_gradient(backbone, cond, x_s, noise, one.guidance_scale)
+        x_s.backward(g)
+        models.step_optimizer(optimizers["generator"], 1e-5, 1)
+
+    def rollout_step():
+        with torch.no_grad():
+            backbone.decode(models.sample_latents(backbone, ["a prompt"] * n, sigmas, 0.9))
+
+    states = torch.randn(n, 5, *backbone.latent_shape, device=device)
+
+    def fake_update_step():
+        x0 = states[:, -1]
+        x_t, sigma_t, z = rtdmd.noised(x0, noise)
+        v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+        loss_ac = rtdmd.fake_score_loss(v_fake, x0, z, sigma_t)
+        loss_cons = rtdmd.consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], one.eta)
+        (loss_ac + one.gamma * loss_cons).backward()
+        models.step_optimizer(optimizers["fake"], 1e-5, 1)
+
+    def update_step():
+        for j in (0, 1):
+            v = backbone.velocity("generator", states[:, j], sigmas[j], cond)
+            step = states[:, j + 1], states[:, j], v, sigmas[j], sigmas[j + 1], one.eta
+            ones = torch.ones(n, device=device)
+            rtdmd.policy_loss(rtdmd.cps_log_prob(*step), -ones, ones).backward()
+        v = backbone.velocity("generator", states[:, 3], sigmas[3], cond)
+        x0_hat = models.cps_step(states[:, 3], v, sigmas[3], 0.0)
+        _, g = rtdmd.matching_gradient(backbone, cond, x0_hat, noise, one.guidance_scale)
+        if scorers:
+            g += rtdmd.reward_gradient(backbone, scorers, ["a prompt"] * n, x0_hat, 3.0)[1]
+        x0_hat.backward(g)
+        models.step_optimizer(optimizers["generator"], 1e-5, 1)
+
+    parts = {"stage 1, fake score": fake_step, "stage 1, generator": generator_step}
+    return parts | {
+        "stage 2, rollout": rollout_step,
+        "stage 2, fake score": fake_update_step,
+        "stage 2, generator": update_step,
+    }
+
+
 def measure(step, backbone, images, repeat):
     """models.speed of `repeat` calls after two to warm up."""
     cuda = backbone.device.type == "cuda"
@@ -98,6 +170,170 @@ def measure(step, backbone, images, repeat):
     if cuda:
         torch.cuda.synchronize()
     return models.speed(backbone, time.perf_counter() - start, repeat, images * repeat)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# --plan
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors alive, `now` and at the `peak`; those of `known` modules aside."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.now = self.peak = 0
+        tensors = [t for module in known for t in (*module.parameters(), *module.buffers())]
+        self.seen = {t.untyped_storage()._cdata for t in tensors}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.seen:
+            self.seen.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, key, size)
+
+    def gone(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+class NoOptimizer:
+    """Clears gradients like an optimiser; Adam would read its step count, and fake tensors have no numbers."""
+
+    def __init__(self, parameters):
+        self.param_groups = [{"params": parameters}]
+
+    def step(self):
+        pass
+
+    def zero_grad(self):
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+
+class Differentiable:
+    """The preset's differentiable rewards at published size, as `rewards.Scorers` sums them."""
+
+    def __init__(self):
+        files = bench_rewards.RandomWeights()
+        files.device = "meta"
+        self.scorers = [cls(files, "cpu") for cls in (rewards.CLIPScore, rewards.HPSv2, rewards.PickScore)]
+
+    def differentiable(self, images, prompts):
+        return sum(row for scorer in self.scorers for row in scorer(images, prompts).values())
+
+
+def make_fake(module):
+    """Put fake tensors on the CPU in place of a meta module's parameters and buffers."""
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                m._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False)
+        for name, b in m._buffers.items():
+            if b is not None:
+                m._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+def size_of(*modules):
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def peaks(backbone, n, one, scorers, checkpointing=False, only=""):
+    """{part: (bytes alive at its peak beside weights and adapters, evaluations)} of n images, on fake tensors."""
+    known = [*backbone.networks(), backbone.vae, *(scorers.scorers if scorers else ())]
+    sigmas = backbone.sigmas()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in known:
+            make_fake(module)
+        backbone.device, optimizers = torch.device("cpu"), {}
+        for name, network in (("generator", backbone.student), ("fake", backbone.transformer)):
+            network.lora_switch.device = backbone.device
+            optimizers[name] = NoOptimizer(models.add_adapter(network, name, 32))
+            backbone.roles[name] = (name,)
+        for network in backbone.networks() if checkpointing else ():
+            models.enable_checkpointing(network)
+        _ = backbone.uncond, backbone.flops
+        found = {}
+        for part, step in steps_of(backbone, optimizers, n, one, sigmas, scorers).items():
+            if only not in part:
+                continue
+            backbone.evaluations = 0
+            with LiveBytes(*known) as live:
+                step()
+            found[part] = live.peak, backbone.evaluations
+    return found
+
+
+# GB in bf16 of what encodes the text, from the published parameter counts: CLIP L .124, CLIP G .695, T5-XXL 4.762,
+# Qwen3 4B 4.022 and 8B 8.191 billion
+ENCODERS = {"sd3": 11.16, "sd35": 11.16, "flux1": 9.77, "flux2-4b": 8.04, "flux2-9b": 16.38}
+REWARDS = 4 * (0.428 + 2 * 0.986 + 0.069)  # GB in fp32 of clipscore, hpsv2, pickscore, geneval: the published set
+
+
+def plan(model, args):
+    """Rows of the plan, one a stage: {term: GB}, "sum", "batch", the "largest" batch that fits, "hours" on one GPU."""
+    one, two = acdmd.parse_args(["--model", model, "--prompts", __file__]), rtdmd.PRESETS[model]
+    resolution = args.resolution or models.BACKBONES[model]["resolution"]
+    found = {}
+    for checkpointing in (False, True) if args.checkpointing == "auto" else (args.checkpointing == "on",):
+        backbone = random_backbone(model, "meta", torch.bfloat16, resolution)
+        found[checkpointing] = peaks(backbone, 1, one, Differentiable(), checkpointing)
+    adapter = adapter_bytes(backbone) / 2 / 1e9  # of generator or fake score, fp32; as large are its gradients
+    frozen = size_of(*backbone.networks()) / 1e9 - 2 * adapter
+    blocks = 2 * max(size_of(m) for network in backbone.networks() for m in models.blocks(network)) / 1e9
+    if args.offload_frozen or args.shard != "none":  # this process's share, and two blocks on their way
+        frozen = blocks + (0 if args.offload_frozen else frozen / args.gpus)
+    rows = []
+    for stage, batch in ((1, one.batch_size), (2, two["batch_size"])):
+        batch = args.batch_size or batch
+        row = {"frozen": frozen, "vae": size_of(backbone.vae) / 1e9}
+        row["encoders"] = 0.0 if args.offload_encoders else ENCODERS[model]
+        row["rewards"] = REWARDS if stage == 2 else 0.0
+        # weights and two moments of generator and fake score, the EMA; in stage 2 those of stage 1 below them
+        row["adapters"] = adapter * (2 * 3 + 1 + (2 if stage == 2 else 0))
+        fixed = sum(row.values())
+        for recompute in found:
+            mine = {part: value for part, value in found[recompute].items() if f"stage {stage}" in part}
+            parts = {part.split(", ")[1]: peak / 1e9 for part, (peak, _) in mine.items()}
+            alive = lambda n, parts=parts: max((adapter + n * (peak - adapter), p) for p, peak in parts.items())  # noqa: E731
+            largest = max((n for n in range(1, 257) if fixed + alive(n)[0] <= args.gb), default=0)
+            if largest >= batch:  # no need to recompute
+                break
+        (row["activations"], row["in"]), row["checkpointing"] = alive(batch), recompute
+        work = {part.split(", ")[1]: n for part, (_, n) in mine.items()}
+        images = one.steps * one.batch_size if stage == 1 else 1000 * two["batch_size"] * two["batches"]
+        each = work["fake score"] + work["generator"] / one.fake_update_ratio if stage == 1 else sum(work.values())
+        row |= {"sum": fixed + row["activations"], "batch": batch, "largest": largest}
+        rows.append(row | {"hours": images * each * backbone.flops / (args.mfu * args.peak * 3600)})
+    return rows
+
+
+def adapter_bytes(backbone):
+    names = ("generator", "fake")
+    modules = [m for network in backbone.networks() for m in models.lora_modules(network).values()]
+    return sum(4 * p[n].numel() for m in modules for p in (m.lora_A, m.lora_B) for n in names if n in p)
+
+
+def print_plan(args):
+    terms = ["frozen", "vae", "encoders", "rewards", "adapters", "activations"]
+    head = ["model", "stage", *terms, "sum", "batch", "largest that fits", "hours"]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for model in [args.model] if args.model != "classroom" else PUBLISHED:
+        for stage, row in enumerate(plan(model, args), 1):
+            cells = [model, str(stage), *(f"{row[term]:.1f}" for term in terms), f"**{row['sum']:.1f}**"]
+            cells[-2] += f" ({row['in']}{', checkpointing' if row['checkpointing'] else ''})"
+            cells += [str(row["batch"]), str(row["largest"]), f"{row['hours']:.0f}"]
+            print("| " + " | ".join(cells) + " |", flush=True)
+    print(f"Predicted, GB, for a GPU of {args.gb:g} GB and batches of one GPU; leave 10% for kernels and fragments.")
+    print(f"Hours of one GPU: 5,000 iterations, 1,000 epochs, at an assumed {args.mfu:.0%} of {args.peak:.3g} FLOP/s.")
 
 
 def main(args):
@@ -116,54 +352,7 @@ def main(args):
         optimizers[name] = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
         backbone.roles[name] = (name,)
     models.set_up_blocks(backbone, args.checkpointing, n + 2 * (one.consistency_batch or n), args.compile)
-    cond, sigmas = backbone.encode(["a prompt"] * n), backbone.sigmas()
-    noise, levels = models.Noise(0, range(n), backbone.latent_shape, device), sigmas[:3]
-    n_cons = one.consistency_batch or n
-
-    def fake_step():
-        x_s = acdmd.rollout(backbone, cond, levels, one.eta, noise)
-        sigma_t = acdmd.draw_t(noise.uniform("t"), levels[-1])
-        x_t, target, sigma_ts = acdmd.renoise(x_s, levels[-1], sigma_t, noise.normal("z"))
-        v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
-        loss_ac = acdmd.fake_score_loss(v_fake, target, sigma_ts)
-        start = x_t, sigma_t, v_fake
-        loss_cons = acdmd.consistency(backbone, cond, start, noise[:n_cons], one.eta, one.delta_max)
-        (loss_ac + one.gamma * loss_cons).backward()
-        models.step_optimizer(optimizers["fake"], 1e-5, 1)
-
-    def generator_step():
-        x_s = acdmd.rollout(backbone, cond, levels, one.eta, noise, grad=True)
-        _, g = rtdmd.matching_gradient(backbone, cond, x_s, noise, one.guidance_scale)
-        x_s.backward(g)
-        models.step_optimizer(optimizers["generator"], 1e-5, 1)
-
-    def rollout_step():
-        with torch.no_grad():
-            backbone.decode(models.sample_latents(backbone, ["a prompt"] * n, sigmas, 0.9))
-
-    states = torch.randn(n, 5, *backbone.latent_shape, device=device)
-
-    def update_step():
-        x0 = states[:, -1]
-        x_t, sigma_t, z = rtdmd.noised(x0, noise)
-        v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
-        loss_ac = rtdmd.fake_score_loss(v_fake, x0, z, sigma_t)
-        loss_cons = rtdmd.consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], one.eta)
-        (loss_ac + one.gamma * loss_cons).backward()
-        models.step_optimizer(optimizers["fake"], 1e-5, 1)
-        for j in (0, 1):
-            v = backbone.velocity("generator", states[:, j], sigmas[j], cond)
-            step = states[:, j + 1], states[:, j], v, sigmas[j], sigmas[j + 1], one.eta
-            ones = torch.ones(n, device=device)
-            rtdmd.policy_loss(rtdmd.cps_log_prob(*step), -ones, ones).backward()
-        v = backbone.velocity("generator", states[:, 3], sigmas[3], cond)
-        x0 = models.cps_step(states[:, 3], v, sigmas[3], 0.0)
-        _, g = rtdmd.matching_gradient(backbone, cond, x0, noise, one.guidance_scale)
-        x0.backward(g)
-        models.step_optimizer(optimizers["generator"], 1e-5, 1)
-
-    parts = {"stage 1, fake score": fake_step, "stage 1, generator": generator_step}
-    parts |= {"stage 2, rollout": rollout_step, "stage 2, update": update_step}
+    parts = steps_of(backbone, optimizers, n, one, backbone.sigmas())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     total = sum(p.numel() for network in backbone.networks() for p in network.parameters())
     print(f"{args.model} on {name}, torch {torch.__version__}, {dtype}, batch {n}")
@@ -197,7 +386,15 @@ if __name__ == "__main__":
     parser.add_argument("--checkpointing", default="auto", choices=["auto", "on", "off"], help="as in the stages")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=models.path, help=".jsonl to append the rows to")
+    parser.add_argument("--plan", action="store_true", help="predict memory and hours (default: of all published)")
+    parser.add_argument("--gb", type=float, default=80.0, help="--plan: memory of a GPU")
+    parser.add_argument("--gpus", type=int, default=1, help="--plan: that --shard shards over")
+    parser.add_argument("--shard", default="none", choices=models.SHARD_MODES, help="--plan: as in the stages")
+    parser.add_argument("--offload_frozen", action="store_true", help="--plan: as in the stages")
+    parser.add_argument("--offload_encoders", action="store_true", help="--plan: as in the stages")
+    parser.add_argument("--mfu", type=float, default=0.35, help="--plan: assumed share of the peak")
+    parser.add_argument("--peak", type=float, default=989e12, help="--plan: FLOP/s, an H100's in bf16")
     args = parser.parse_args()
     if args.random_weights and args.model == "classroom":
         parser.error("--random_weights: the classroom has weights; leave the flag out")
-    models.run(main, args)
+    models.run(print_plan if args.plan else main, args)

@@ -27,6 +27,7 @@ TABLE = {  # pattern of a command -> flags that make it small (the last of two a
     r"-m pytest": "these tests",
     r"--nnodes": PARSE,
     r"(acdmd|rtdmd|sample)\.py.* --model ": PARSE,  # published weights
+    r"tests/bench\.py --plan": "minutes; test_plan.py plans a small network",
     r"tests/bench\.py --model": "a GPU",
     r"tests/bench_rewards\.py": "published sizes; test_rewards.py runs it on small networks",
     r"tests/bench\.py$": "minutes; test_backbones.py runs it on small networks",

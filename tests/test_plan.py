@@ -1,0 +1,89 @@
+"""`bench.py --plan`: what it predicts on fake tensors against the resident memory of the same step on real ones."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import bench
+import pytest
+import torch
+
+import acdmd
+import models
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(num_layers=2, num_attention_heads=8, attention_head_dim=64, joint_attention_dim=256, sample_size=64)
+SMALL |= dict(caption_projection_dim=512, pooled_projection_dim=64, pos_embed_max_size=64, dual_attention_layers=(0,))
+ARGS = dict(resolution=None, checkpointing="auto", shard="none", offload_frozen=False, offload_encoders=False)
+ARGS |= dict(batch_size=None, gb=80.0, gpus=1, mfu=0.35, peak=989e12)
+
+
+def backbone_on(device, model):
+    """The classroom's or a small SD3, float32, with the embeddings of "a prompt" and ""."""
+    if model == "small":
+        bench.PUBLISHED["sd35"] = bench.PUBLISHED["sd35"] | SMALL
+        return bench.random_backbone("sd35", device, torch.float32, 512)
+    backbone = models.load("classroom")
+    backbone.encode(["a prompt", ""])
+    for module in (*backbone.networks(), backbone.vae):
+        module.to(device)
+    return backbone
+
+
+def measured(model, part, n):
+    """Bytes by which a part's peak of resident memory lies above what is resident before it. A process of its own."""
+    torch.set_num_threads(1)
+    backbone, one, optimizers = backbone_on("cpu", model), acdmd.parse_args([]), {}
+    one.consistency_batch = n
+    for name in ("generator", "fake"):
+        optimizers[name] = bench.NoOptimizer(models.add_adapter(backbone.transformer, name, 32))
+        backbone.roles[name] = (name,)
+    _ = backbone.uncond
+    step = bench.steps_of(backbone, optimizers, n, one, backbone.sigmas())[part]
+    step()  # what is allocated once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    step()
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024 - before
+
+
+CASES = (
+    ("small", 2, "stage 1, fake score"),
+    ("small", 2, "stage 2, generator"),
+    ("classroom", 200, "stage 1, fake score"),
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("model, n, part", CASES)
+def test_the_predicted_peak_is_the_measured_one(model, n, part, monkeypatch):
+    monkeypatch.setitem(bench.PUBLISHED, "sd35", bench.PUBLISHED["sd35"])  # put back at the end
+    one = acdmd.parse_args([])
+    one.consistency_batch = n
+    predicted, _ = bench.peaks(backbone_on("meta", model), n, one, None, only=part)[part]
+    call = f"import test_plan; print(test_plan.measured({model!r}, {part!r}, {n}))"
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert predicted == pytest.approx(int(done.stdout.split()[-1]), rel=0.15)
+
+
+def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
+    monkeypatch.setitem(bench.PUBLISHED, "sd35", bench.PUBLISHED["sd35"] | SMALL)
+    monkeypatch.setattr(bench, "Differentiable", lambda: None)
+    monkeypatch.setitem(models.BACKBONES["sd35"], "resolution", 128)
+    rows = bench.plan("sd35", SimpleNamespace(**ARGS))
+    terms = ("frozen", "vae", "encoders", "rewards", "adapters", "activations")
+    for row in rows:
+        assert row["sum"] == pytest.approx(sum(row[term] for term in terms)) and row["largest"] >= row["batch"] == 9
+        assert not row["checkpointing"] and row["hours"] > 0
+    assert (rows[0]["rewards"], rows[1]["rewards"]) == (0.0, bench.REWARDS)
+    tight = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=rows[0]["sum"] - 0.5, offload_encoders=True)))[0]
+    assert tight["encoders"] == 0.0 and tight["largest"] >= 9
+    full = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=rows[0]["sum"] - 0.5)))[0]
+    assert full["checkpointing"] and full["activations"] < rows[0]["activations"]
+    monkeypatch.setattr(bench, "plan", lambda *_: rows)
+    bench.print_plan(SimpleNamespace(model="sd35", **ARGS))
+    assert "| sd35 | 2 |" in capsys.readouterr().out
