@@ -552,7 +552,7 @@ def add_run_flags(p, presets, out, unit, every):
     add("--generator_weights", help="the same for the generator alone (FLUX.2: its step-distilled release)")
     add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
     add("--out", type=path, default=Path(out), help="run folder")
-    add("--resume", type=path, help="run folder or step_NNNNNN folder to go on from")
+    add("--resume", type=path, help="run or step_NNNNNN folder to go on from, with its settings where none are given")
     add("--seed", type=at_least(0), default=0, help="covers every draw and the adapters' first weights")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
@@ -570,11 +570,16 @@ def add_run_flags(p, presets, out, unit, every):
 
 
 def parse_with_preset(p, presets, argv=None):
-    """p's arguments with the preset of --model under them; a run that is resumed goes on in its own folder."""
+    """p's arguments over the preset of --model; a resumed run goes on with its own settings, in its own folder."""
     argv = sys.argv[1:] if argv is None else argv
     known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     p.set_defaults(guidance_scale=BACKBONES[known.model]["guidance"])
     p.set_defaults(**presets[known.model])
+    own = {"out": p.get_default("out"), "resume": None}
+    if known.resume and (known.resume / "args.json").is_file():
+        with contextlib.suppress(ValueError):  # a torn one is named when the checkpoint is read
+            saved = json.loads((known.resume / "args.json").read_text())
+            p.set_defaults(**{name: saved[name] for name in vars(known) if name in saved} | own)
     args = p.parse_args(argv)
     if args.prompts is None and args.model != "classroom":
         p.error(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .json, .csv or .tsv)")
@@ -680,7 +685,10 @@ def load(
     family = spec["family"]
     source = fetch(weights or spec["repo"], "--weights")
     if not (source / "model_index.json").is_file():
-        raise UserError(f"--weights {source} is no diffusers pipeline folder: it has no model_index.json")
+        raise UserError(
+            f"--weights {source} is no diffusers pipeline folder: it has no model_index.json (what --export writes is "
+            "a transformer: give it to a pipeline, transformer=...)"
+        )
     network, pipeline = (getattr(diffusers, name) for name in (family.network_class, family.pipeline))
     with named_failure(f"--weights {source} is no whole pipeline folder"):
         found = json.loads((source / "model_index.json").read_text()).get("_class_name")
@@ -1346,7 +1354,7 @@ class Run:
         log.write_text("".join(row + "\n" for row in rows if step_of(row) <= self.start))
         for old in self.stale:
             shutil.rmtree(old)
-            print(f"dropped {old}, which is not of this run up to step {self.start}")
+            print(f"dropped {old}: this run goes on from step {self.start}, and writes its own")
         self.file = log.open("a")
         if self.args.wandb:
             import wandb

@@ -1065,6 +1065,8 @@ class Scorers:
 
     def features_of_folder(self, folder):
         """The same of the pictures in a folder, --fd_reference; sample.py's grid.png is none of them."""
+        if not Path(folder).is_dir():
+            raise UserError(f"--fd_reference {folder} is no folder")
         files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
         files = [file for file in files if file.name != "grid.png"]
         if len(files) < 2:
@@ -1200,8 +1202,10 @@ def read_prompts(path):
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")  # without the mark that some editors begin with
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read as UTF-8 text: {error}") from None
+    except OSError as error:
+        raise UserError(f"prompt file {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt file {path} is no UTF-8 text: {error}") from None
     try:
         rows = ROWS[Path(path).suffix.lower()](text)
     except KeyError as ending:
@@ -1379,11 +1383,11 @@ def parse_args(argv=None):
     what = "Write GenEval-style training prompts."
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=what, allow_abbrev=False)
     p.add_argument("file", type=models.path, help="the .jsonl to write")
-    p.add_argument("--n", type=int, default=50_000, help="prompts")
+    p.add_argument("--n", type=models.at_least(1), default=50_000, help="prompts")
     p.add_argument("--exclude", type=models.path, help="GenEval .jsonl whose content must not come, in whatever words")
     args = p.parse_args(argv)
-    if args.n < 1 or args.file.suffix != ".jsonl" or args.file.exists():
-        p.error(f"{args.file} --n {args.n}: a new .jsonl, --n at least 1")
+    if args.file.suffix != ".jsonl" or args.file.exists():
+        p.error(f"{args.file} {'exists' if args.file.exists() else 'is no .jsonl'}: name a new .jsonl")
     return args
 
 

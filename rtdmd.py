@@ -106,8 +106,8 @@ def parse_args(argv=None):
         p.error("--distilled DIR is missing: the final/ folder of an acdmd.py run")
     for name in ("generator_ema", "fake"):
         if not (args.distilled / name).is_dir():
-            final = args.distilled / "final"
-            hint = f"give {final}" if final.is_dir() else "run acdmd.py first and give its final/ folder"
+            near = [d for d in (args.distilled / "final", args.distilled.parent) if (d / name).is_dir()]
+            hint = f"give {near[0]}" if near else "run acdmd.py first and give its final/ folder"
             p.error(f"--distilled {args.distilled} has no {name}: {hint}")
     if not (args.policy_weight or args.dm_weight or args.bp_weight):
         p.error("--policy_weight, --dm_weight and --bp_weight are all 0: nothing would train")

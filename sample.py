@@ -280,7 +280,8 @@ def main(args):
     if args.fd_reference:
         fd = rewards.frechet_distance(np.stack(features), reference)
         result["fd"] = {"value": fd, "n": len(features), "n_reference": len(reference)}
-        print(f"FD {fd:.2f}: {len(features)} pictures to {len(reference)} of {args.fd_reference}, CLIP features")
+        few = " (few pictures: compare at one n only)" if min(len(features), len(reference)) < 500 else ""
+        print(f"FD {fd:.2f}: {len(features)} pictures to {len(reference)} of {args.fd_reference}, CLIP features{few}")
     written += [args.out / "grid.png", args.out / "metadata.json"]
     with all_or_nothing(args.out, written):
         models.save_grid(torch.stack([shown[i] for i in sorted(shown)]), args.out / "grid.png", min(8, len(shown)))

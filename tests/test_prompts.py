@@ -38,8 +38,8 @@ EQUAL = {  # dialect -> (file name, content, the pairs that are read; a text alo
 
 REFUSED = {  # dialect -> (file name, content, the reason)
     "another ending": ("a.yaml", "a cat", "unknown ending '.yaml'; allowed: .txt, .jsonl, .json, .csv, .tsv"),
-    "another encoding": ("a.txt", "a caf\xe9".encode("latin-1"), "cannot be read as UTF-8 text: 'utf-8' codec"),
-    "a spreadsheet program's UTF-16": ("a.csv", "prompt\na cat\n".encode("utf-16"), "cannot be read as UTF-8 text"),
+    "another encoding": ("a.txt", "a caf\xe9".encode("latin-1"), "is no UTF-8 text: 'utf-8' codec"),
+    "a spreadsheet program's UTF-16": ("a.csv", "prompt\na cat\n".encode("utf-16"), "is no UTF-8 text"),
     "a sheet without a first line": (
         "a.csv",
         "a cat\na dog\n",

@@ -174,6 +174,19 @@ def test_a_used_folder_is_gone_on_with_or_refused(distilled, tmp_path, capsys):
         stage_1(tmp_path, "--steps", 3, "--resume", tmp_path)
 
 
+def test_a_run_is_resumed_with_its_own_settings(distilled, tmp_path):
+    """--resume alone is enough; a flag that is given again counts."""
+    whole = stage_2(tmp_path / "whole", distilled / "final", "--epochs", 3, "--seed", 5, "--save_every", 1)
+    shutil.rmtree(tmp_path / "whole/final"), shutil.rmtree(tmp_path / "whole/step_000003")
+    args = rtdmd.parse_args(["--resume", str(tmp_path / "whole")])
+    assert (args.out, args.seed, args.epochs, args.group_size) == (tmp_path / "whole", 5, 3, 4)
+    assert args.rewards == rtdmd.parse_args(["--distilled", str(distilled / "final")]).rewards
+    rtdmd.main(args)
+    assert log(tmp_path / "whole") == whole
+    args = rtdmd.parse_args(["--resume", str(tmp_path / "whole/step_000002"), "--epochs", "7"])
+    assert (args.out, args.seed, args.epochs) == (tmp_path / "whole", 5, 7)
+
+
 def test_a_finished_run_is_made_longer_from_its_end(distilled, tmp_path):
     flags = ["--save_every", 3, "--lr_decay", 0]
     stage_1(tmp_path / "a", "--steps", 4, *flags)
@@ -510,7 +523,7 @@ BAD = {  # command -> what the one line on standard error must say
     "acdmd.py --model sd35": "--model sd35 needs --prompts FILE",
     "acdmd.py --eta 1.5": "argument --eta: 1.5: must be a finite number, 0 to 1",
     "acdmd.py --batch_size 0": "argument --batch_size: 0: must be at least 1",
-    "acdmd.py --prompts {tmp}/none.txt": "none.txt cannot be read as UTF-8 text: [Errno 2] No such file",
+    "acdmd.py --prompts {tmp}/none.txt": "none.txt cannot be read: No such file",
     "acdmd.py --prompts {tmp}/empty.txt": "empty.txt holds no prompts",
     "acdmd.py --prompts {tmp}/list.csv": "list.csv, entry 1: no text under prompt or prompts or text or caption",
     "acdmd.py --prompts {tmp}/torn.jsonl": "torn.jsonl is torn, or of another format than",
@@ -540,7 +553,7 @@ BAD = {  # command -> what the one line on standard error must say
     "acdmd.py --shard both": "invalid choice: 'both' (choose from",
     "acdmd.py --skip_nonfinite -1": "argument --skip_nonfinite: -1: must be at least 0",
     "acdmd.py --prompts {tmp}": "Is a directory",
-    "acdmd.py --prompts {tmp}/latin.txt": "latin.txt cannot be read as UTF-8 text: 'utf-8' codec",
+    "acdmd.py --prompts {tmp}/latin.txt": "latin.txt is no UTF-8 text: 'utf-8' codec",
     "acdmd.py --prompts {tmp}/none.json": "none.json holds no prompts",
     "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {classroom}": "holds a StableDiffusion3Pipeline, and",
     "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {tmp}": "it has no model_index.json",
@@ -574,9 +587,9 @@ BAD = {  # command -> what the one line on standard error must say
     "rewards.py {tmp}/plain.txt/a.jsonl --n 6": "cannot write",
     "rtdmd.py --distilled {acdmd}/..": "/final",
     "rtdmd.py --distilled {acdmd} --prompts {tmp}/dog.jsonl": "prompt 1 ('a dog') has the class 'dog', which geneval's",
-    "rewards.py a.jsonl --n 0": "a.jsonl --n 0: a new .jsonl, --n at least 1",
-    "rewards.py prompts.txt": "prompts.txt --n 50000: a new .jsonl",
-    "rewards.py {tmp}/dog.jsonl": "dog.jsonl --n 50000: a new .jsonl",
+    "rewards.py a.jsonl --n 0": "argument --n: 0: must be at least 1",
+    "rewards.py prompts.txt": "prompts.txt is no .jsonl: name a new .jsonl",
+    "rewards.py {tmp}/dog.jsonl": "dog.jsonl exists: name a new .jsonl",
     "rewards.py a.jsonl --exclude {tmp}/plain.txt": 'prompt 1 (\'a cat\') has no "tag" and "include"',
 }
 
