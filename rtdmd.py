@@ -109,6 +109,9 @@ def parse_args(argv=None):
             near = [d for d in (args.distilled / "final", args.distilled.parent) if (d / name).is_dir()]
             hint = f"give {near[0]}" if near else "run acdmd.py first and give its final/ folder"
             p.error(f"--distilled {args.distilled} has no {name}: {hint}")
+    for name in args.rewards:
+        if name not in rewards.SCORERS:  # of the run that --resume names
+            p.error(f"--rewards: {name} is a function of yours; give its file again: --rewards FILE.py:{name}=...")
     if not (args.policy_weight or args.dm_weight or args.bp_weight):
         p.error("--policy_weight, --dm_weight and --bp_weight are all 0: nothing would train")
     if args.bp_weight and not any(rewards.SCORERS[name].differentiable for name in args.rewards):

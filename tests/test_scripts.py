@@ -174,7 +174,7 @@ def test_a_used_folder_is_gone_on_with_or_refused(distilled, tmp_path, capsys):
         stage_1(tmp_path, "--steps", 3, "--resume", tmp_path)
 
 
-def test_a_run_is_resumed_with_its_own_settings(distilled, tmp_path):
+def test_a_run_is_resumed_with_its_own_settings(distilled, tmp_path, capsys):
     """--resume alone is enough; a flag that is given again counts."""
     whole = stage_2(tmp_path / "whole", distilled / "final", "--epochs", 3, "--seed", 5, "--save_every", 1)
     shutil.rmtree(tmp_path / "whole/final"), shutil.rmtree(tmp_path / "whole/step_000003")
@@ -185,6 +185,11 @@ def test_a_run_is_resumed_with_its_own_settings(distilled, tmp_path):
     assert log(tmp_path / "whole") == whole
     args = rtdmd.parse_args(["--resume", str(tmp_path / "whole/step_000002"), "--epochs", "7"])
     assert (args.out, args.seed, args.epochs) == (tmp_path / "whole", 5, 7)
+    settings = json.loads((tmp_path / "whole/args.json").read_text())
+    (tmp_path / "whole/args.json").write_text(json.dumps(settings | {"rewards": {"blueness": 1.0}}))
+    with pytest.raises(SystemExit):
+        rtdmd.parse_args(["--resume", str(tmp_path / "whole")])
+    assert "blueness is a function of yours; give its file again" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_made_longer_from_its_end(distilled, tmp_path):
