@@ -285,6 +285,16 @@ def test_ablations_of_stage_2(distilled, tmp_path, flags, absent, monkeypatch):
     assert (rows[0].get("grad_x0/bp", 0) == 0) == ("--bp_weight" in flags)
 
 
+def test_the_last_step_takes_as_many_images_as_asked(distilled, tmp_path):
+    whole, all_, two = (
+        stage_2(tmp_path / str(n), distilled / "final", "--epochs", 1, *(["--last_step_batch", n] if n else []))[0]
+        for n in (0, 4, 2)
+    )
+    assert all_ == whole
+    assert two["loss/policy"] == whole["loss/policy"] and two["loss/ac"] == whole["loss/ac"]
+    assert two["loss/bp"] != whole["loss/bp"] and two["loss/dm"] != whole["loss/dm"]
+
+
 def test_groups_without_signal_do_not_count(distilled, tmp_path, monkeypatch):
     """Where one of two groups is flat, the policy gradient is the mean over the images of the other one."""
     norms, flat = {}, torch.tensor([True, False])
