@@ -25,7 +25,7 @@ import torch
 
 import models
 import rewards
-from models import at_least, between, cps_step, per_sample, seeded, step_optimizer
+from models import add_to, at_least, between, cps_step, per_sample, seeded, step_optimizer
 
 PRESETS = {  # published settings of each backbone, and measured ones of the classroom
     "sd3": dict(lr=3e-5, lr_fake=3e-5),
@@ -58,7 +58,8 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--prompts", type=models.path, help="a prompt file; the classroom makes its own. Paper: Pick-a-Pic captions")
     add("--steps", type=at_least(1), default=5000, help="iterations: fake-score updates")
-    add("--batch_size", type=at_least(1), default=9, help="images a process; paper: 9 on each of 8 GPUs")
+    add("--batch_size", type=at_least(1), default=9, help="images of a micro-batch; paper: 9 on each of 8 GPUs")
+    add("--batches", type=at_least(1), default=1, help="micro-batches an iteration and process; with 8, one GPU has 72")
     add("--lr", type=between(0), default=3e-5, help="learning rate of the generator")
     add("--lr_fake", type=between(0), default=3e-5, help="learning rate of the fake score")
     add("--lr_decay", type=between(0, 1), default=0.0, help="share of the run over which both fall to 0; paper: 0")
@@ -68,7 +69,7 @@ def parse_args(argv=None):
     add("--eta", type=between(0, 1), default=0.9, help="CPS stochasticity, 0 ODE to 1 full re-noising; paper: 0.9")
     add("--gamma", type=between(0), default=0.01, help="weight of L_cons; paper: 0.01. 0: ablation without it")
     add("--delta_max", type=at_least(1), default=200, help="L_cons: largest step back, in timesteps; paper: 200")
-    add("--consistency_batch", type=at_least(1), help="L_cons: on so many images a process (default: all)")
+    add("--consistency_batch", type=at_least(1), help="L_cons: on so many images of a micro-batch (default: all)")
     add("--plain_dmd", action="store_true", help="ablation: match x0_hat at s = 0; with --eta 1 DMD2 (App. K)")
     add("--ema_decay", type=between(0, 1), default=0.99, help="paper: 0.99, every iteration")
     rewards.add_reward_flags(p, "iterations")
@@ -201,8 +202,10 @@ def main(args):
     held = args.batch_size + 2 * n_cons  # samples whose activations one backward needs: L_ac's, and L_cons' twice
     models.set_up_blocks(backbone, args.checkpointing, held, args.compile)
 
-    batch, sigmas = args.batch_size * run.world_size, backbone.sigmas()
-    mine = range(run.rank * args.batch_size, (run.rank + 1) * args.batch_size)  # samples are numbered over all ranks
+    per_rank, sigmas = args.batch_size * args.batches, backbone.sigmas()
+    batch = per_rank * run.world_size
+    # samples are numbered over all ranks; the first of each micro-batch
+    firsts = range(run.rank * per_rank, (run.rank + 1) * per_rank, args.batch_size)
     run.print(f"{sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
     updates = args.steps // args.fake_update_ratio
     run.print(f"{batch} images an iteration, {args.steps} iterations, {updates} generator updates")
@@ -210,36 +213,38 @@ def main(args):
     run.begin(backbone, pairs, {"generator": optimizer, "fake": optimizer_fake}, batch)
 
     def draw(step, network):
-        """Text embeddings of this rank's prompts, k steps down the noise levels to s = levels[-1], and the noise."""
+        """For each micro-batch: text embeddings, k steps down the noise levels to s = levels[-1], and the noise."""
         g = seeded(args.seed, step, network)
-        k = int(torch.randint(1, len(sigmas), (1,), generator=g))  # the same on every rank
-        picks = torch.randint(len(pairs), (batch,), generator=g)[mine.start : mine.stop]
+        k = int(torch.randint(1, len(sigmas), (1,), generator=g))  # the same in all micro-batches, on every rank
+        picks = torch.randint(len(pairs), (batch,), generator=g).tolist()
         levels = [*sigmas[:k], 0.0 if args.plain_dmd else sigmas[k]]
-        # .normal(name) -> [B, C, H, W], .uniform(name) -> [B]: fixed by seed, step, network, sample and name
-        noise = models.Noise(args.seed, step, network, mine, backbone.latent_shape, run.device)
-        return backbone.encode([pairs[i][0] for i in picks]), k, levels, noise
+        for part in (range(i, i + args.batch_size) for i in firsts):
+            # .normal(name) -> [B, C, H, W], .uniform(name) -> [B]: fixed by seed, step, network, sample and name
+            noise = models.Noise(args.seed, step, network, part, backbone.latent_shape, run.device)
+            yield backbone.encode([pairs[picks[i]][0] for i in part]), k, levels, noise
 
     for step in run.steps("AC-DMD"):
         decay = models.linear_decay(step, args.steps, args.lr_decay)
+        row = {"lr": decay * args.lr}
 
-        # 1) rollout to x_s (App. B)
-        cond, k, levels, noise = draw(step, "fake")
-        x_s, s = rollout(backbone, cond, levels, args.eta, noise), levels[-1]
+        for cond, k, levels, noise in draw(step, "fake"):
+            # 1) rollout to x_s (App. B)
+            x_s, s = rollout(backbone, cond, levels, args.eta, noise), levels[-1]
 
-        # 2) fake score: fit v* at x_t (App. D), stay consistent along the way back from x_t (App. E, F)
-        sigma_t = draw_t(noise.uniform("t"), s)
-        x_t, target, sigma_ts = renoise(x_s, s, sigma_t, noise.normal("z"))
-        v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
-        loss_ac = fake_score_loss(v_fake, target, sigma_ts)
-        loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta, args.delta_max)
-        (loss_ac + args.gamma * loss_cons).backward()
+            # 2) fake score: fit v* at x_t (App. D), stay consistent along the way back from x_t (App. E, F)
+            sigma_t = draw_t(noise.uniform("t"), s)
+            x_t, target, sigma_ts = renoise(x_s, s, sigma_t, noise.normal("z"))
+            v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+            loss_ac = fake_score_loss(v_fake, target, sigma_ts)
+            loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta, args.delta_max)
+            ((loss_ac + args.gamma * loss_cons) / args.batches).backward()
+            add_to(row, {f"loss/ac_k{k}": loss_ac, "loss/cons": loss_cons}, args.batches)
         # averages over ranks, clips the norm at 1, steps at this rate, clears the gradients
-        norm = step_optimizer(optimizer_fake, decay * args.lr_fake, run.world_size, args.skip_nonfinite)
-        row = {f"loss/ac_k{k}": loss_ac, "loss/cons": loss_cons, "grad_norm/fake": norm, "lr": decay * args.lr}
+        lr_fake = decay * args.lr_fake
+        row["grad_norm/fake"] = step_optimizer(optimizer_fake, lr_fake, run.world_size, args.skip_nonfinite)
 
         # 3) generator, on a rollout of its own: where do teacher and fake score disagree about it? (section 3)
-        if (step + 1) % args.fake_update_ratio == 0:
-            cond, k, levels, noise = draw(step, "generator")
+        for cond, k, levels, noise in draw(step, "generator") if (step + 1) % args.fake_update_ratio == 0 else ():
             x_s, s = rollout(backbone, cond, levels, args.eta, noise, grad=True), levels[-1]
             with torch.no_grad():
                 sigma_t = draw_t(noise.uniform("t"), s)
@@ -250,9 +255,11 @@ def main(args):
                 x_s_teacher = cps_step(x_t, v_teacher, sigma_t, s, args.eta, back)
                 x_s_fake = cps_step(x_t, v_fake, sigma_t, s, args.eta, back)
             loss = distribution_matching_loss(x_s, x_s_fake, x_s_teacher)
-            loss.backward()  # recomputed blocks take the adapters they ran with: the generator's
-            norm = step_optimizer(optimizer, decay * args.lr, run.world_size, args.skip_nonfinite)
-            row |= {f"loss/generator_k{k}": loss, "grad_norm/generator": norm}
+            (loss / args.batches).backward()  # recomputed blocks take the adapters they ran with: the generator's
+            add_to(row, {f"loss/generator_k{k}": loss}, args.batches)
+        if (step + 1) % args.fake_update_ratio == 0:
+            lr = decay * args.lr
+            row["grad_norm/generator"] = step_optimizer(optimizer, lr, run.world_size, args.skip_nonfinite)
 
         # 4) EMA
         ema.update(step + 1)

@@ -182,6 +182,42 @@ class LoRALinear(nn.Module):
         return y
 
 
+class Float8Linear(nn.Linear):
+    """A frozen Linear whose weight is kept in 8 bits (e4m3), each output row with a scale: y = (x W8^T) scale + b."""
+
+    def forward(self, x):
+        device = x.device.type
+        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        y = Float8Product.apply(x, self.weight) * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class Float8Product(torch.autograd.Function):
+    """x W8^T. The backward converts W8 again: autograd would keep the converted weights of all layers alive."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None
+
+
+@torch.no_grad()
+def store_in_8_bits(network):
+    """Turn every Linear of the blocks into a Float8Linear, in place."""
+    for linear in (m for block in blocks(network) for m in block.modules() if type(m) is nn.Linear):
+        largest = linear.weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12)
+        scale = (largest / torch.finfo(torch.float8_e4m3fn).max).log2().ceil().exp2()  # exact also in bf16
+        weight = (linear.weight.float() / scale).to(torch.float8_e4m3fn)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.register_buffer("scale", scale.flatten())
+        linear.__class__ = Float8Linear
+
+
 @contextlib.contextmanager
 def adapters(transformer, *names):
     """Switch on exactly these adapters. Nests; the former list comes back at the end."""
@@ -558,6 +594,7 @@ def add_run_flags(p, presets, out, unit, every):
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
     add("--checkpointing", default="auto", choices=["auto", "on", "off"], help="of activations; auto: if memory asks")
     add("--shard", default="none", choices=SHARD_MODES, help="of the frozen base, by FSDP2; hybrid: in a node")
+    add("--frozen_dtype", choices=["float8_e4m3fn"], help="of the frozen linear layers: half the bytes of bfloat16")
     add("--offload_frozen", action="store_true", help="the frozen base waits in host memory, block by block")
     add("--offload_encoders", action="store_true", help="text encoders wait on the CPU while they do not encode")
     add("--compile", action="store_true", help="torch.compile, block by block")
@@ -670,11 +707,13 @@ def load(
     with_student=True,
     shard_mode="none",
     offload_frozen=False,
+    frozen_dtype=None,
 ):
     """A backbone by name. weights: a diffusers pipeline folder or hub id in place of the published one.
 
     generator_weights: the same for the generator's own transformer; by default FLUX.2's published one, with `weights`
-    given that of `weights`. with_student=False leaves it out. shard_mode, offload_frozen: see `shard`.
+    given that of `weights`. with_student=False leaves it out. shard_mode, offload_frozen: see `shard`. frozen_dtype:
+    "float8_e4m3fn" or None, see `store_in_8_bits`.
     """
     if model not in BACKBONES:
         raise UserError(f"unknown model {model!r}; allowed: {', '.join(BACKBONES)}")
@@ -702,6 +741,8 @@ def load(
         with named_failure(f"--generator_weights {folder} is no whole pipeline folder"):
             student = load_transformer(network, folder / "transformer", dtype)
     backbone = family(pipe, resolution or spec["resolution"], spec["text_tokens"], device, dtype, student)
+    for network in backbone.networks() if frozen_dtype else ():
+        store_in_8_bits(network)
     shard(backbone, shard_mode, offload_frozen)
     return backbone
 
@@ -1006,8 +1047,9 @@ def needs_checkpointing(backbone, setting, samples):
 
 
 def set_up_blocks(backbone, checkpointing, samples, compiled):
-    """Activation checkpointing as the setting and `samples` ask for, and torch.compile."""
+    """Activation checkpointing as the setting and `samples` ask for, the VAE's too, and torch.compile."""
     if needs_checkpointing(backbone, checkpointing, samples):
+        backbone.vae.enable_gradient_checkpointing()
         for network in backbone.networks():
             enable_checkpointing(network)
     if compiled:
@@ -1042,7 +1084,8 @@ def enable_checkpointing(transformer):
     def checkpoint(module, *args):
         names = transformer.lora_switch.active
         contexts = lambda: (contextlib.nullcontext(), adapters(transformer, *names))  # noqa: E731
-        return torch.utils.checkpoint.checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+        options = dict(use_reentrant=False, preserve_rng_state=False, context_fn=contexts)  # nothing here is random
+        return torch.utils.checkpoint.checkpoint(module.__call__, *args, **options)
 
     transformer.enable_gradient_checkpointing(checkpoint)
 
@@ -1162,6 +1205,12 @@ def average_gradients(parameters, world_size):
         flat /= world_size
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = grad.view_as(p)
+
+
+def add_to(row, values, count):
+    """Accumulate means of detached scalars over `count` micro-batches, without leaving the device."""
+    for name, value in values.items():
+        row[name] = row.get(name, 0) + value.detach() / count
 
 
 def step_optimizer(optimizer, lr, world_size, skip_nonfinite=False):
@@ -1308,7 +1357,8 @@ class Run:
     def load_backbone(self):
         a = self.args
         sources, dtype = (a.model, a.weights, a.generator_weights), getattr(torch, a.dtype)
-        backbone = load(*sources, self.device, dtype, a.resolution, True, a.shard, a.offload_frozen)
+        placed = a.shard, a.offload_frozen, a.frozen_dtype
+        backbone = load(*sources, self.device, dtype, a.resolution, True, *placed)
         backbone.offload_encoders = a.offload_encoders
         return backbone
 

@@ -1004,8 +1004,7 @@ class Scorers:
     """The scorers behind {column: weight}; a model that serves two columns is loaded and run once.
 
     batch_size: images a forward of a scorer takes in `score` (default: all that are given). offload: scorers wait on
-    the CPU; for `differentiable` they come to the device and stay until the next `score`. shared: another `Scorers`,
-    whose models serve here too.
+    the CPU and come to the device one at a time. shared: another `Scorers`, whose models serve here too.
     """
 
     def __init__(self, weights, device, reward_dir=None, batch_size=None, offload=False, shared=None):
@@ -1043,13 +1042,22 @@ class Scorers:
         return rows
 
     def differentiable(self, images, prompts):
-        """Weighted sum of the differentiable columns, [B], with gradient to the images; 0 if there is none."""
-        total = images.new_zeros(len(images))
+        """Weighted sum of the differentiable columns, [B], with gradient to the images; 0 if there is none.
+
+        The gradient is taken here, of one scorer after the other, so that only one scorer's activations are alive.
+        """
+        total, slope = images.new_zeros(len(images)), torch.zeros_like(images)
+        leaf = images.detach().requires_grad_(images.requires_grad and torch.is_grad_enabled())
         for scorer in self.scorers:
             if scorer.differentiable:
-                for name, row in self.call(scorer, images, prompts).items():
-                    total = total + self.weights[name] * SCALE.get(name, 1) * row
-        return total
+                rows = self.call(scorer, leaf, prompts)
+                own = sum(self.weights[name] * SCALE.get(name, 1) * row for name, row in rows.items())
+                if leaf.requires_grad:
+                    slope += torch.autograd.grad(own.sum(), leaf)[0]
+                total += own.detach()
+                if self.offload:
+                    scorer.to("cpu")
+        return total + ((images - leaf.detach()) * slope).flatten(1).sum(1)  # adds 0, whose gradient is the slope
 
     @torch.no_grad()
     def features(self, images):

@@ -31,7 +31,7 @@ import torch
 
 import models
 import rewards
-from models import at_least, between, cps_mean, cps_step, per_sample, seeded, step_optimizer, to_device
+from models import add_to, at_least, between, cps_mean, cps_step, per_sample, seeded, step_optimizer, to_device
 
 DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
@@ -295,12 +295,6 @@ def pick_prompts(pairs, n, g):
     return list(picked.values())
 
 
-def add_to(row, values, count):
-    """Accumulate means of detached scalars without leaving the device."""
-    for name, value in values.items():
-        row[name] = row.get(name, 0) + value.detach() / count
-
-
 def of_one_image(gradient):
     """Norm of the gradient of one image's own loss, averaged: the gradient of a mean has 1 / B of it."""
     return len(gradient) * gradient.flatten(1).norm(dim=1).mean()
@@ -339,8 +333,8 @@ def main(args):
     # images are numbered over all ranks: image i is of prompt i // K, and a group may straddle ranks
     mine = range(run.rank * per_rank, (run.rank + 1) * per_rank)
     batches = torch.arange(per_rank).split(args.batch_size)
-    states = torch.empty(per_rank, len(sigmas), *backbone.latent_shape)
-    old_log_prob = torch.empty(per_rank, last)
+    states = torch.empty(per_rank, len(sigmas), *backbone.latent_shape, device=run.device)
+    old_log_prob = torch.empty(per_rank, last, device=run.device)
     scores = {name: torch.empty(per_rank) for name in weights}
     run.print(f"{sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
     run.print(f"{n_groups} prompts x {K} = {n_images} images an epoch, {args.epochs} epochs")
@@ -368,14 +362,15 @@ def main(args):
                 return
             texts, _, noise = select(epoch, prompts, part)
             x, log_prob = sample(backbone, texts, sigmas, chosen, args.eta, noise)  # x: [B, 5, C, H, W]
-            states[part], old_log_prob[part] = x.cpu(), log_prob.cpu()
+            here = to_device(part, run.device)
+            states[here], old_log_prob[here] = x, log_prob
             with torch.no_grad():
                 images = backbone.decode(x[:, -1])
             # pictures are rounded to 8 bits here, as files hold them; {name: [B]} on the CPU
             for name, score in scorers.score(images, texts, [metadata[i] for i in part]).items():
                 scores[name][part] = score
         grouped = {n: torch.tensor(models.gather(r.tolist(), run.world_size)).view(-1, K) for n, r in scores.items()}
-        advantages = group_advantages(grouped, weights).flatten()[mine.start : mine.stop]
+        advantages = to_device(group_advantages(grouped, weights).flatten()[mine.start : mine.stop], run.device)
         n_signal = K * int(has_signal(grouped, weights).sum())
         row |= {f"reward/{name}": r.mean().item() for name, r in grouped.items()} | {"n_signal": n_signal}
         row |= {f"group_std/{name}": r.std(1, correction=0).mean().item() for name, r in grouped.items()}
@@ -383,7 +378,7 @@ def main(args):
         # 4) fake score, on the finished samples
         for part in batches if args.dm_weight else ():  # NOTE(paper): the release trains it also where nobody reads it
             _, cond, noise = select(epoch, prompts, part, "fake")
-            x0 = to_device(states[part, -1], run.device)
+            x0 = states[to_device(part, run.device), -1]
             x_t, sigma_t, z = noised(x0, noise)
             v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
             loss_ac = fake_score_loss(v_fake, x0, z, sigma_t)
@@ -399,7 +394,8 @@ def main(args):
         order = torch.randperm(per_rank, generator=seeded(args.seed, epoch, run.rank, "order"))
         for part in order.split(args.batch_size):
             texts, cond, noise = select(epoch, prompts, part, "generator")
-            x, old, A = (to_device(t[part], run.device) for t in (states, old_log_prob, advantages))
+            here = to_device(part, run.device)
+            x, old, A = states[here], old_log_prob[here], advantages[here]
             share = 1 / (args.batches * (C + 1))  # what a mean over this micro-batch weighs in L
 
             # chosen steps (App. G, H). A is 0 in groups without signal: n_images / n_signal makes the mean one over the

@@ -1,4 +1,4 @@
-"""Speed and memory of both stages at published size: ms, images/s, MFU and peak GB of their five parts.
+"""Speed and memory of both stages at published size: ms, images/s, MFU and peak GB of their six parts.
 
     python tests/bench.py                                               the classroom, on a CPU
     python tests/bench.py --model sd35 --random_weights                 one GPU; nothing is downloaded
@@ -6,7 +6,8 @@
     python tests/bench.py --plan                                        will it fit? No GPU and no weights are needed
 
 Stage 1: a fake-score step (rollout of k = 2, L_ac and L_cons) and a generator step (rollout, teacher with guidance,
-L_G). Stage 2: a rollout with decoding, and the updates by one micro-batch (fake score; two chosen steps and the leash).
+L_G). Stage 2: a rollout with decoding, and the updates by one micro-batch (fake score; policy, two chosen steps; last
+step with the leash).
 MFU: matrix products and attention of the forwards, as torch counts them, a backward as one forward more (the frozen
 base needs no weight gradients), over the device's dense bf16 peak. A recomputed forward is not counted.
 
@@ -135,12 +136,15 @@ def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
         (loss_ac + one.gamma * loss_cons).backward()
         models.step_optimizer(optimizers["fake"], 1e-5, 1)
 
-    def update_step():
+    def policy_step():
         for j in (0, 1):
             v = backbone.velocity("generator", states[:, j], sigmas[j], cond)
             step = states[:, j + 1], states[:, j], v, sigmas[j], sigmas[j + 1], one.eta
             ones = torch.ones(n, device=device)
             rtdmd.policy_loss(rtdmd.cps_log_prob(*step), -ones, ones).backward()
+        optimizers["generator"].zero_grad()
+
+    def last_step():
         v = backbone.velocity("generator", states[:, 3], sigmas[3], cond)
         x0_hat = models.cps_step(states[:, 3], v, sigmas[3], 0.0)
         _, g = rtdmd.matching_gradient(backbone, cond, x0_hat, noise, one.guidance_scale)
@@ -149,11 +153,13 @@ def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
         x0_hat.backward(g)
         models.step_optimizer(optimizers["generator"], 1e-5, 1)
 
-    parts = {"stage 1, fake score": fake_step, "stage 1, generator": generator_step}
-    return parts | {
+    return {
+        "stage 1, fake score": fake_step,
+        "stage 1, generator": generator_step,
         "stage 2, rollout": rollout_step,
         "stage 2, fake score": fake_update_step,
-        "stage 2, generator": update_step,
+        "stage 2, policy": policy_step,
+        "stage 2, last step": last_step,
     }
 
 
@@ -219,16 +225,15 @@ class NoOptimizer:
             p.grad = None
 
 
-class Differentiable:
-    """The preset's differentiable rewards at published size, as `rewards.Scorers` sums them."""
+class Differentiable(rewards.Scorers):
+    """The preset's differentiable rewards at published size, their weights on the meta device."""
 
     def __init__(self):
         files = bench_rewards.RandomWeights()
         files.device = "meta"
         self.scorers = [cls(files, "cpu") for cls in (rewards.CLIPScore, rewards.HPSv2, rewards.PickScore)]
-
-    def differentiable(self, images, prompts):
-        return sum(row for scorer in self.scorers for row in scorer(images, prompts).values())
+        self.weights = {scorer.columns[0]: 1.0 for scorer in self.scorers}
+        self.device, self.offload = torch.device("cpu"), False
 
 
 def make_fake(module):
@@ -258,8 +263,7 @@ def peaks(backbone, n, one, scorers, checkpointing=False, only=""):
             network.lora_switch.device = backbone.device
             optimizers[name] = NoOptimizer(models.add_adapter(network, name, 32))
             backbone.roles[name] = (name,)
-        for network in backbone.networks() if checkpointing else ():
-            models.enable_checkpointing(network)
+        models.set_up_blocks(backbone, "on" if checkpointing else "off", n, compiled=False)
         _ = backbone.uncond, backbone.flops
         found = {}
         for part, step in steps_of(backbone, optimizers, n, one, sigmas, scorers).items():
@@ -275,16 +279,20 @@ def peaks(backbone, n, one, scorers, checkpointing=False, only=""):
 # GB in bf16 of what encodes the text, from the published parameter counts: CLIP L .124, CLIP G .695, T5-XXL 4.762,
 # Qwen3 4B 4.022 and 8B 8.191 billion
 ENCODERS = {"sd3": 11.16, "sd35": 11.16, "flux1": 9.77, "flux2-4b": 8.04, "flux2-9b": 16.38}
-REWARDS = 4 * (0.428 + 2 * 0.986 + 0.069)  # GB in fp32 of clipscore, hpsv2, pickscore, geneval: the published set
+# GB in fp32 of clipscore, hpsv2, pickscore and geneval's detector, the published set
+REWARDS = [4 * billions for billions in (0.428, 0.986, 0.986, 0.069)]
+GPUS = {"sd3": 16, "sd35": 8, "flux1": 32, "flux2-4b": 16, "flux2-9b": 32}  # of the published stage 2; stage 1: 8
 
 
 def plan(model, args):
-    """Rows of the plan, one a stage: {term: GB}, "sum", "batch", the "largest" batch that fits, "hours" on one GPU."""
+    """Rows of the plan, one a stage: {term: GB}, "sum", "batch", the "largest" batch that fits, GPU "hours" in all."""
     one, two = acdmd.parse_args(["--model", model, "--prompts", __file__]), rtdmd.PRESETS[model]
     resolution = args.resolution or models.BACKBONES[model]["resolution"]
     found = {}
     for checkpointing in (False, True) if args.checkpointing == "auto" else (args.checkpointing == "on",):
         backbone = random_backbone(model, "meta", torch.bfloat16, resolution)
+        for network in backbone.networks() if args.frozen_dtype else ():
+            models.store_in_8_bits(network)
         found[checkpointing] = peaks(backbone, 1, one, Differentiable(), checkpointing)
     adapter = adapter_bytes(backbone) / 2 / 1e9  # of generator or fake score, fp32; as large are its gradients
     frozen = size_of(*backbone.networks()) / 1e9 - 2 * adapter
@@ -296,21 +304,29 @@ def plan(model, args):
         batch = args.batch_size or batch
         row = {"frozen": frozen, "vae": size_of(backbone.vae) / 1e9}
         row["encoders"] = 0.0 if args.offload_encoders else ENCODERS[model]
-        row["rewards"] = REWARDS if stage == 2 else 0.0
+        row["rewards"] = (max(REWARDS) if args.offload_rewards else sum(REWARDS)) if stage == 2 else 0.0
         # weights and two moments of generator and fake score, the EMA; in stage 2 those of stage 1 below them
         row["adapters"] = adapter * (2 * 3 + 1 + (2 if stage == 2 else 0))
         fixed = sum(row.values())
         for recompute in found:
-            mine = {part: value for part, value in found[recompute].items() if f"stage {stage}" in part}
-            parts = {part.split(", ")[1]: peak / 1e9 for part, (peak, _) in mine.items()}
-            alive = lambda n, parts=parts: max((adapter + n * (peak - adapter), p) for p, peak in parts.items())  # noqa: E731
+            mine = {part.split(", ")[1]: value for part, value in found[recompute].items() if f"stage {stage}" in part}
+
+            def alive(n, mine=mine):
+                """(GB at the peak with micro-batches of n, the part it is in)"""
+                last = min(n, args.last_step_batch or n)
+                sizes = {part: last if part == "last step" else n for part in mine}
+                return max((adapter + sizes[part] * (peak / 1e9 - adapter), part) for part, (peak, _) in mine.items())
+
             largest = max((n for n in range(1, 257) if fixed + alive(n)[0] <= args.gb), default=0)
             if largest >= batch:  # no need to recompute
                 break
         (row["activations"], row["in"]), row["checkpointing"] = alive(batch), recompute
-        work = {part.split(", ")[1]: n for part, (_, n) in mine.items()}
-        images = one.steps * one.batch_size if stage == 1 else 1000 * two["batch_size"] * two["batches"]
-        each = work["fake score"] + work["generator"] / one.fake_update_ratio if stage == 1 else sum(work.values())
+        work = {part: evaluations for part, (_, evaluations) in mine.items()}
+        if stage == 1:
+            images = one.steps * one.batch_size * 8
+            each = work["fake score"] + work["generator"] / one.fake_update_ratio
+        else:
+            images, each = 1000 * two["batch_size"] * two["batches"] * GPUS[model], sum(work.values())
         row |= {"sum": fixed + row["activations"], "batch": batch, "largest": largest}
         rows.append(row | {"hours": images * each * backbone.flops / (args.mfu * args.peak * 3600)})
     return rows
@@ -333,7 +349,7 @@ def print_plan(args):
             cells += [str(row["batch"]), str(row["largest"]), f"{row['hours']:.0f}"]
             print("| " + " | ".join(cells) + " |", flush=True)
     print(f"Predicted, GB, for a GPU of {args.gb:g} GB and batches of one GPU; leave 10% for kernels and fragments.")
-    print(f"Hours of one GPU: 5,000 iterations, 1,000 epochs, at an assumed {args.mfu:.0%} of {args.peak:.3g} FLOP/s.")
+    print(f"Hours: GPUs times hours of the published run, at an assumed {args.mfu:.0%} of {args.peak:.3g} FLOP/s.")
 
 
 def main(args):
@@ -392,6 +408,9 @@ if __name__ == "__main__":
     parser.add_argument("--shard", default="none", choices=models.SHARD_MODES, help="--plan: as in the stages")
     parser.add_argument("--offload_frozen", action="store_true", help="--plan: as in the stages")
     parser.add_argument("--offload_encoders", action="store_true", help="--plan: as in the stages")
+    parser.add_argument("--offload_rewards", action="store_true", help="--plan: as in rtdmd.py")
+    parser.add_argument("--last_step_batch", type=int, help="--plan: as in rtdmd.py")
+    parser.add_argument("--frozen_dtype", choices=["float8_e4m3fn"], help="--plan: as in the stages")
     parser.add_argument("--mfu", type=float, default=0.35, help="--plan: assumed share of the peak")
     parser.add_argument("--peak", type=float, default=989e12, help="--plan: FLOP/s, an H100's in bf16")
     args = parser.parse_args()

@@ -190,8 +190,8 @@ def test_bench_runs_with_random_weights(model, monkeypatch, capsys, tmp_path):
     flags = dict(resolution=64, batch_size=1, repeat=1, device="cpu", out=tmp_path / "rows.jsonl")
     bench.main(SimpleNamespace(model=model, random_weights=True, compile=False, checkpointing="on", **flags))
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 5 and all(row["images_per_s"] > 0 for row in rows)
-    assert "stage 2, generator" in capsys.readouterr().out
+    assert len(rows) == 6 and all(row["images_per_s"] > 0 for row in rows)
+    assert "stage 2, last step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ("classroom", "flux1", "flux2-4b"))

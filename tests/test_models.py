@@ -97,6 +97,47 @@ def test_teacher_is_bit_identical_through_training_and_the_base_is_held_once(bac
     assert size == sum(p.nbytes for p in published.parameters())
 
 
+def test_a_base_in_8_bits_is_the_rounded_one_and_adapters_stay_exact():
+    """Against a network whose weights are the 8-bit numbers times their scales, in float32."""
+    x, grads = torch.randn(3, *models.load("classroom").latent_shape, generator=models.seeded("x")), {}
+    for kind in ("float32", "rounded", "8 bits"):
+        backbone = models.load("classroom", frozen_dtype=None if kind == "float32" else "float8_e4m3fn")
+        layers = [m for m in backbone.transformer.modules() if type(m) is models.Float8Linear]
+        assert (len(layers) > 40) == (kind != "float32")
+        for m in layers if kind == "rounded" else ():
+            assert m.weight.dtype == torch.float8_e4m3fn and (m.scale.log2() % 1 == 0).all()
+            m.weight, m.__class__ = torch.nn.Parameter(m.weight.float() * m.scale[:, None], False), torch.nn.Linear
+        parameters = models.add_adapter(backbone.transformer, "a", 4, generator=models.seeded("a"))
+        for B in parameters[1::2]:
+            torch.nn.init.normal_(B, std=0.01, generator=models.seeded("b"))
+        backbone.roles["generator"] = ("a",)
+        v = backbone.velocity("generator", x.requires_grad_(), 0.7, backbone.encode(PROMPTS))
+        grads[kind] = [v.detach(), *torch.autograd.grad(v.square().sum(), [x, *parameters])]
+        if kind != "float32":
+            grads[kind].append(models.saved_bytes(backbone))
+    *rounded, kept = grads["rounded"]
+    for a, b in zip(grads["8 bits"], rounded, strict=False):
+        torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
+    assert grads["8 bits"][-1] <= 1.1 * kept  # the converted weights do not wait for the backward
+    gap = (grads["8 bits"][0] - grads["float32"][0]).norm() / grads["float32"][0].norm()
+    assert 1e-3 < gap < 0.05
+
+
+def test_checkpointing_covers_the_vae_and_leaves_its_gradient_as_it_is(backbone):
+    x = torch.randn(2, *backbone.latent_shape, generator=models.seeded("x")).requires_grad_()
+    kept, slopes = [], []
+    for setting in ("off", "on"):
+        models.set_up_blocks(backbone, setting, 1, compiled=False)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept[-1].append(t.nbytes) or t, lambda t: t):
+            kept.append([])
+            images = backbone.decode(x)
+        slopes.append(torch.autograd.grad(images.square().sum(), x)[0])
+    for network in (backbone.vae, backbone.transformer):
+        network.disable_gradient_checkpointing()
+    assert torch.equal(*slopes) and slopes[0].abs().max() > 0
+    assert sum(kept[1]) < 0.5 * sum(kept[0])
+
+
 def test_an_adapter_under_autocast_keeps_its_input_once():
     transformer = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(8, 4)))
     models.prepare_for_lora(transformer, ["0"])

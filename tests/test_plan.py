@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(num_layers=2, num_attention_heads=8, attention_head_dim=64, joint_attention_dim=256, sample_size=64)
 SMALL |= dict(caption_projection_dim=512, pooled_projection_dim=64, pos_embed_max_size=64, dual_attention_layers=(0,))
 ARGS = dict(resolution=None, checkpointing="auto", shard="none", offload_frozen=False, offload_encoders=False)
-ARGS |= dict(batch_size=None, gb=80.0, gpus=1, mfu=0.35, peak=989e12)
+ARGS |= dict(offload_rewards=False, last_step_batch=None, frozen_dtype=None, batch_size=None)
+ARGS |= dict(gb=80.0, gpus=1, mfu=0.35, peak=989e12)
 
 
 def backbone_on(device, model):
@@ -51,7 +52,7 @@ def measured(model, part, n):
 
 CASES = (
     ("small", 2, "stage 1, fake score"),
-    ("small", 2, "stage 2, generator"),
+    ("small", 2, "stage 2, last step"),
     ("classroom", 200, "stage 1, fake score"),
 )
 
@@ -70,6 +71,26 @@ def test_the_predicted_peak_is_the_measured_one(model, n, part, monkeypatch):
     assert predicted == pytest.approx(int(done.stdout.split()[-1]), rel=0.15)
 
 
+def test_a_base_in_8_bits_takes_half_the_memory():
+    """Resident memory of a process with a random SD3 of 0.2 billion parameters, bf16, before and after."""
+    call = "import test_plan; print(*test_plan.resident_in_8_bits())"
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    size, saved = map(int, done.stdout.split())
+    assert size > 300e6 and 0.4 * size < saved < 0.5 * size
+
+
+def resident_in_8_bits():
+    """(bytes of the weights in bf16, bytes of resident memory that 8 bits saved)"""
+    bench.PUBLISHED["sd35"] |= dict(num_layers=8, num_attention_heads=12, caption_projection_dim=768, sample_size=64)
+    backbone = bench.random_backbone("sd35", "cpu", torch.bfloat16, 512)
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096  # noqa: E731
+    size, before = bench.size_of(*backbone.networks()), resident()
+    models.store_in_8_bits(backbone.transformer)
+    return size, before - resident()
+
+
 def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     monkeypatch.setitem(bench.PUBLISHED, "sd35", bench.PUBLISHED["sd35"] | SMALL)
     monkeypatch.setattr(bench, "Differentiable", lambda: None)
@@ -79,11 +100,17 @@ def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     for row in rows:
         assert row["sum"] == pytest.approx(sum(row[term] for term in terms)) and row["largest"] >= row["batch"] == 9
         assert not row["checkpointing"] and row["hours"] > 0
-    assert (rows[0]["rewards"], rows[1]["rewards"]) == (0.0, bench.REWARDS)
+    assert (rows[0]["rewards"], rows[1]["rewards"]) == (0.0, sum(bench.REWARDS))
     tight = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=rows[0]["sum"] - 0.5, offload_encoders=True)))[0]
     assert tight["encoders"] == 0.0 and tight["largest"] >= 9
     full = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=rows[0]["sum"] - 0.5)))[0]
     assert full["checkpointing"] and full["activations"] < rows[0]["activations"]
+    saved = bench.plan("sd35", SimpleNamespace(**ARGS | dict(checkpointing="off", frozen_dtype="float8_e4m3fn")))[0]
+    assert 0.4 * rows[0]["frozen"] < saved["frozen"] < 0.7 * rows[0]["frozen"]  # positions and ends are not in blocks
+    flags = dict(checkpointing="off", batch_size=20, last_step_batch=2, offload_rewards=True)
+    few = bench.plan("sd35", SimpleNamespace(**ARGS | flags))[1]
+    assert few["in"] != "last step" and few["rewards"] == max(bench.REWARDS)
+    assert rows[1]["in"] == "last step"
     monkeypatch.setattr(bench, "plan", lambda *_: rows)
     bench.print_plan(SimpleNamespace(model="sd35", **ARGS))
     assert "| sd35 | 2 |" in capsys.readouterr().out

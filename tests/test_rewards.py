@@ -508,6 +508,26 @@ def test_gradient_agrees_with_finite_differences(folder, images, name):
     torch.testing.assert_close(total.detach().float(), table * scale, rtol=0.02, atol=0.02)  # 8 bits in score
 
 
+def test_gradients_taken_one_scorer_after_the_other_are_those_of_the_sum(folder, images):
+    weights = {"clipscore": 2.0, "pickscore": 1.0, "aesthetic": 0.5, "geneval": 1.0}
+    scorers, slopes = rewards.load_scorers(weights, "cpu", folder), []
+    images = images.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: slopes.append(t.nbytes) or t, lambda t: t):
+        total = scorers.differentiable(images, PROMPTS)
+    want = 0
+    for scorer in scorers.scorers:
+        if scorer.differentiable:
+            for name, row in scorer(images, PROMPTS).items():
+                want = want + weights[name] * rewards.SCALE.get(name, 1) * row
+    torch.testing.assert_close(total, want)
+    factor = torch.arange(1.0, len(PROMPTS) + 1)
+    got, want = (torch.autograd.grad((factor * t).sum(), images)[0] for t in (total, want))
+    torch.testing.assert_close(got, want, atol=1e-6 * want.abs().max().item(), rtol=1e-4)
+    assert got.abs().max() > 0
+    with torch.no_grad():
+        assert not scorers.differentiable(images, PROMPTS).requires_grad
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # GenEval
 

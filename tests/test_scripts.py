@@ -29,6 +29,9 @@ SMALL_1, SMALL_2 = ([*flags, "--sample_every", "0", "--eval_every", "0"] for fla
 VOLATILE = ("images_per_s", "seconds", "peak_gb", "mfu")
 
 
+EIGHT_BITS = ["--frozen_dtype", "float8_e4m3fn"]
+
+
 def stage_1(out, *flags):
     acdmd.main(acdmd.parse_args([*SMALL_1, "--out", str(out), *map(str, flags)]))
     return log(out)
@@ -97,8 +100,9 @@ def test_two_processes_equal_one_in_every_shard_mode(distilled, tmp_path, monkey
     first = [*SMALL_1, "--save_every", "1", "--steps"]
     second = [*SMALL_2, "--save_every", "1", "--group_size", "8", "--distilled", str(distilled / "final"), "--epochs"]
     for main, flags, name in ((acdmd, first, "acdmd"), (rtdmd, second, "rtdmd")):  # groups span both processes
-        run = [*flags, "3", "--consistency_batch", "4", "--out", str(tmp_path / name / "one")]
-        main.main(main.parse_args(run))
+        run = [*flags, "3", "--consistency_batch", "4", "--out"]
+        main.main(main.parse_args([*run, str(tmp_path / name / "one")]))
+        main.main(main.parse_args([*run, str(tmp_path / name / "one_of_8_bits"), *EIGHT_BITS]))
     half = ["--batch_size", "2", "--consistency_batch", "2"]
     (tmp_path / "runs.json").write_text(json.dumps({"first": [*first, "3", *half], "second": [*second, "3", *half]}))
     script = f"""
@@ -107,7 +111,7 @@ sys.path[:0] = [{str(ROOT)!r}]
 import acdmd, models, rtdmd
 torch.optim.AdamW = functools.partial(torch.optim.AdamW, eps=1e-5)
 runs, out = json.load(open("runs.json")), {str(tmp_path)!r}
-for name, more in {SHARDED!r}.items():
+for name, more in {SHARDED | {"of_8_bits": ["--shard", "full", *EIGHT_BITS]}!r}.items():
     acdmd.main(acdmd.parse_args([*runs["first"], *more, "--out", f"{{out}}/acdmd/{{name}}"]))
     rtdmd.main(rtdmd.parse_args([*runs["second"], *more, "--out", f"{{out}}/rtdmd/{{name}}"]))
 models.dist.barrier()  # rank 0 has saved
@@ -131,6 +135,7 @@ acdmd.main(acdmd.parse_args([*sparse, f"{{out}}/acdmd/stopped", "--resume", f"{{
     for name in ("acdmd", "rtdmd"):
         for mode in SHARDED:
             close_adapters(tmp_path / name / "one/final", tmp_path / name / mode / "final")
+        close_adapters(tmp_path / name / "one_of_8_bits/final", tmp_path / name / "of_8_bits/final")
         same_adapters(tmp_path / name / "none/final", tmp_path / name / "exact/final")
         assert log(tmp_path / name / "exact") == log(tmp_path / name / "none")[2:]
     whole, stopped = (log(tmp_path / "acdmd" / name) for name in ("whole", "stopped"))
@@ -140,6 +145,18 @@ acdmd.main(acdmd.parse_args([*sparse, f"{{out}}/acdmd/stopped", "--resume", f"{{
         main.main(main.parse_args([*flags, "3", "--consistency_batch", "4", *resumed]))
         for out in ("resumed", "continued"):
             close_adapters(tmp_path / name / "one/final", tmp_path / name / out / "final", rows=slice(2, None))
+
+
+def test_four_micro_batches_equal_one_batch_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-5))
+    flags = ["--steps", 4, "--gamma", 1]
+    one = stage_1(tmp_path / "one", *flags, "--batch_size", 8, "--consistency_batch", 8)
+    four = stage_1(tmp_path / "four", *flags, "--batch_size", 2, "--consistency_batch", 2, "--batches", 4)
+    close_adapters(tmp_path / "one/final", tmp_path / "four/final")
+    for a, b in zip(one, four, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    other = stage_1(tmp_path / "other", *flags, "--batch_size", 8, "--consistency_batch", 2)
+    assert other[0]["loss/cons"] != pytest.approx(one[0]["loss/cons"], rel=1e-4)
 
 
 def close_adapters(a, b, rows=slice(None)):
