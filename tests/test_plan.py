@@ -93,7 +93,8 @@ def resident_in_8_bits():
 
 def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     monkeypatch.setitem(bench.PUBLISHED, "sd35", bench.PUBLISHED["sd35"] | SMALL)
-    monkeypatch.setattr(bench, "Differentiable", lambda: None)
+    mean = SimpleNamespace(scorers=[], differentiable=lambda images, prompts: images.mean((1, 2, 3)))
+    monkeypatch.setattr(bench, "Differentiable", lambda: mean)  # the gradient through the VAE, and no reward model
     monkeypatch.setitem(models.BACKBONES["sd35"], "resolution", 128)
     rows = bench.plan("sd35", SimpleNamespace(**ARGS))
     terms = ("frozen", "vae", "encoders", "rewards", "adapters", "activations")
