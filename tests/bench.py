@@ -233,7 +233,10 @@ class Differentiable(rewards.Scorers):
         files.device = "meta"
         self.scorers = [cls(files, "cpu") for cls in (rewards.CLIPScore, rewards.HPSv2, rewards.PickScore)]
         self.weights = {scorer.columns[0]: 1.0 for scorer in self.scorers}
-        self.device, self.offload = torch.device("cpu"), False
+        self.offload = False
+
+    def call(self, scorer, images, prompts):
+        return scorer(images, prompts)
 
 
 def make_fake(module):
