@@ -35,7 +35,7 @@ import models  # noqa: E402
 import rewards  # noqa: E402
 import rtdmd  # noqa: E402
 from classroom import shapes  # noqa: E402
-from sample import bootstrap_error, generate  # noqa: E402
+from sample import generate  # noqa: E402
 
 COLUMNS = {"geneval_strict": 1.0, "geneval": 1.0, "clipscore": 1.0}
 HEAD = ["GenEval strict", "GenEval graded", "CLIPScore"]
@@ -135,7 +135,7 @@ def evaluate(scorers, metadata, name, nfe, draw):
     images = draw(metadata, 1)
     ms = 1000 * (time.perf_counter() - start) / len(metadata)
     scores = {k: v.numpy() for k, v in scorers.score(images, [m["prompt"] for m in metadata], metadata).items()}
-    few = shapes.sample_prompts(24, 3, "heldout")
+    few = shapes.sample_prompts(24, 3, "test")
     groups = draw([m for m in few for _ in range(8)], 2).reshape(24, 8, -1)
     spread = torch.stack([torch.pdist(g).mean() / math.sqrt(g.shape[1]) for g in groups]).mean().item()
     row = {"name": name, "nfe": nfe, "ms": ms, "spread": spread, "scores": scores, "images": images}
@@ -163,30 +163,39 @@ def distribution(scorers, images, metadata):
                 x, y = ((d["box"][a] + d["box"][a + 2]) / 2 // shapes.CELL for a in (0, 1))
                 cells[i, int(y) * shapes.GRID + int(x)] += 1
                 colors[i, list(shapes.COLORS).index(d["color"])] += is_open
-    return {"features": scorers.features(images), "colors": colors, "cells": cells}
+    return {"features": scorers.features(images), "colors": colors, "cells": cells, "metadata": metadata}
 
 
 def distances(row, real, picks=slice(None)):
-    """[Fréchet distance, total variation of open colours, of cells] between a row's pictures and real ones.
+    """[Fréchet distance, total variation of open colours, of cells] between those of a row and real ones.
 
     Total variation is half the sum of the differences between two sets of shares: 0 for the same, 1 for no overlap.
     """
     share = lambda counts: counts.sum(0) / max(1, counts.sum())  # noqa: E731
-    tv = [np.abs(share(row[k][picks]) - share(real[k])).sum() / 2 for k in ("colors", "cells")]
-    return np.array([rewards.frechet_distance(row["features"][picks], real["features"]), *tv])
+    tv = [np.abs(share(row[k][picks]) - share(real[k][picks])).sum() / 2 for k in ("colors", "cells")]
+    return np.array([rewards.frechet_distance(row["features"][picks], real["features"][picks]), *tv])
+
+
+def resamples(metadata, n):
+    """n bootstrap draws of the pictures' indices: of each task type, captions, and of each caption, its pictures."""
+    rng, tasks = np.random.default_rng(0), {}
+    for i, m in enumerate(metadata):
+        tasks.setdefault(m["tag"], {}).setdefault(m["prompt"], []).append(i)
+    captions = [list(task.values()) for task in tasks.values()]
+    drawn = lambda: (task[j] for task in captions for j in rng.integers(len(task), size=len(task)))  # noqa: E731
+    return [np.concatenate([rng.choice(pictures, len(pictures)) for pictures in drawn()]) for _ in range(n)]
 
 
 def distance_difference(a, b, real, n=50):
-    """distances of a minus those of b (0 if None), and standard errors by bootstrap over prompts, the same for both."""
+    """distances of a minus those of b (0 if None), and standard errors by bootstrap, the same draws for both."""
     gap = lambda picks: distances(a, real, picks) - (distances(b, real, picks) if b else 0)  # noqa: E731
-    picks = np.random.default_rng(0).integers(len(a["colors"]), size=(n, len(a["colors"])))
-    return gap(slice(None)), np.std([gap(p) for p in picks], axis=0)
+    return gap(slice(None)), np.std([gap(picks) for picks in resamples(real["metadata"], n)], axis=0)
 
 
-def difference(a, b, column):
-    """Paired difference a - b of one column over prompts: (mean, bootstrap standard error)."""
-    gap = a["scores"][column] - b["scores"][column]
-    return gap.mean(), bootstrap_error(gap)
+def difference(a, b, column, real, n=500):
+    """Paired difference a - b (0 if None) of one column: (mean, bootstrap standard error)."""
+    gap = a["scores"][column] - (b["scores"][column] if b else 0)
+    return gap.mean(), np.std([gap[picks].mean() for picks in resamples(real["metadata"], n)])
 
 
 def score_table(rows, metadata, real):
@@ -196,7 +205,8 @@ def score_table(rows, metadata, real):
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["name"], str(row["nfe"])]
-        cells += [f"{row['scores'][c].mean():.3f} ± {bootstrap_error(row['scores'][c]):.3f}" for c in COLUMNS]
+        means = [difference(row, None, c, real) for c in COLUMNS]
+        cells += [f"{mean:.3f} ± {error:.3f}" for mean, error in means]
         gaps = distance_difference(row, None, real)
         cells += [f"{d:.{k}f} ± {e:.{k}f}" for d, e, k in zip(*gaps, (2, 3, 3), strict=True)]
         cells += [f"{row['scores']['geneval_strict'][tags == t].mean():.2f}" for t in shapes.TASKS]
@@ -209,7 +219,7 @@ def difference_table(pairs, real):
     """Lines of a markdown table of paired differences. pairs: [(label, row, row to subtract)]"""
     lines = ["| paired difference | " + " | ".join([*HEAD, *DISTANCES]) + " |", "|" + "---|" * 7]
     for label, a, b in pairs:
-        gaps = [difference(a, b, c) for c in COLUMNS] + list(zip(*distance_difference(a, b, real), strict=True))
+        gaps = [difference(a, b, c, real) for c in COLUMNS] + list(zip(*distance_difference(a, b, real), strict=True))
         lines.append(f"| {label} | " + " | ".join(f"{m:+.3f} ± {e:.3f}" for m, e in gaps) + " |")
     return lines
 
@@ -217,10 +227,10 @@ def difference_table(pairs, real):
 def write_report(rows, metadata, real, args, curves):
     lines = [f"# Teacher, AC-DMD, RTDMD: {len(metadata)} held-out prompts, same seeds", ""]
     lines += score_table(rows, metadata, real)
-    n = len(metadata)
-    lines += ["", "± is the standard error by bootstrap over prompts; task columns are strict. FD: Fréchet distance of"]
-    lines += [f"the classroom CLIP's pooled image features, {n} pictures to {n} real scenes of the same captions."]
-    lines += ["Colour TV: total variation of the colours that captions leave open; cell TV: of the objects' places."]
+    lines += ["", "± is the standard error by bootstrap over captions and their pictures; task columns are strict."]
+    lines += ["FD: Fréchet distance of the classroom CLIP's pooled image features to as many real scenes of the same"]
+    lines += ["captions. Colour TV: total variation, from theirs, of the colours that captions leave open; cell TV: of"]
+    lines += ["the objects' places."]
     lines += ["Diversity: mean pixel distance of 8 pictures of one prompt."]
     by_name = {row["name"].split(",")[0]: row for row in rows}
     pairs = (("AC-DMD", "teacher 4 CPS steps"), ("RTDMD", "AC-DMD"), ("RTDMD", "teacher 28 steps guided"))
@@ -369,7 +379,7 @@ def report(args):
     folders = {"acdmd": args.distilled / "generator_ema", "rtdmd": args.rl / "rl_ema"}
     backbone, scorers = load_adapters(folders)
     backbone.roles |= {"acdmd": ("acdmd",), "rtdmd": ("acdmd", "rtdmd")}
-    metadata = shapes.sample_prompts(args.n_prompts, 0, "heldout")
+    metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
     few, many, guidance = backbone.sigmas(), backbone.sigmas(28), models.BACKBONES["classroom"]["guidance"]
     samplers = [
         ("real scenes, another draw", 0, shapes.pictures),
@@ -411,7 +421,7 @@ def ablations(args):
             folders[name], roles[f"RTDMD, {missing}"] = run / "final" / "rl_ema", ("acdmd", name)
     backbone, scorers = load_adapters(folders)
     backbone.roles |= roles
-    metadata = shapes.sample_prompts(args.n_prompts, 0, "heldout")
+    metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
     rows = [evaluate(scorers, metadata, *sampler(backbone, role, role, backbone.sigmas())) for role in roles]
     real = distribution(scorers, shapes.pictures(metadata, 5), metadata)
     write_ablations(rows, metadata, real, args)
@@ -430,7 +440,7 @@ def frontier(args):
     guided = backbone.sigmas(28), 0.0, models.BACKBONES["classroom"]["guidance"]
     samplers = [sampler(backbone, "teacher 28 steps guided", "teacher", *guided)]
     samplers += [sampler(backbone, name, name, backbone.sigmas()) for name in roles]
-    metadata = shapes.sample_prompts(args.n_prompts, 0, "heldout")
+    metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
     rows = [evaluate(scorers, metadata, *columns) for columns in samplers]
     real = distribution(scorers, shapes.pictures(metadata, 5), metadata)
     epochs = json.loads((run / "args.json").read_text())["epochs"]
@@ -440,9 +450,8 @@ def frontier(args):
     write_table(args.out / "frontier", lines, rows)
     points = []
     for row in rows:
-        strict = row["scores"]["geneval_strict"]
         (fd, *_), (fd_error, *_) = distance_difference(row, None, real)
-        points.append((row["name"], (fd, fd_error), (strict.mean(), bootstrap_error(strict))))
+        points.append((row["name"], (fd, fd_error), difference(row, None, "geneval_strict", real)))
     draw_frontier(points, args.out / "frontier.png")
     return ["frontier.md", "frontier.png"]
 

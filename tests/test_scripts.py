@@ -454,6 +454,20 @@ def test_distances_see_a_planted_bias_and_nothing_in_real_scenes():
     assert np.isfinite(demo.distances(black, real)).all()
 
 
+def test_errors_are_over_captions_and_over_the_pictures_of_an_only_one():
+    metadata = [{"tag": "many", "prompt": str(i // 4)} for i in range(200)] + [{"tag": "one", "prompt": "x"}] * 100
+    picks = demo.resamples(metadata, 300)
+    assert all(len(p) == 300 and (p < 200).sum() == 200 for p in picks)
+    rng = np.random.default_rng(0)
+    by_caption, by_picture = np.repeat(rng.normal(size=50), 4), rng.normal(size=100)
+    real = {"metadata": metadata}
+    for own, want in ((by_caption, 1 / 50**0.5 * 200 / 300), (np.zeros(200), 0)):
+        row = {"scores": {"a": np.concatenate([own, by_picture])}}
+        mean, error = demo.difference(row, None, "a", real)
+        assert mean == row["scores"]["a"].mean()
+        assert error == pytest.approx((want**2 + (1 / 10 * 100 / 300) ** 2) ** 0.5, rel=0.25)
+
+
 def test_frechet_distance_of_two_gaussians():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0, 1, (20_000, 3)), rng.normal(2, 3, (20_000, 3))
