@@ -34,11 +34,11 @@ PRESETS = {  # published settings of each backbone, and measured ones of the cla
     "flux2-4b": dict(lr=1e-6, lr_fake=1e-6),
     "flux2-9b": dict(lr=1e-6, lr_fake=1e-6),
     "classroom": dict(
-        guidance_scale=2.5,
+        guidance_scale=1.5,
         lr=1e-3,
         lr_fake=1e-3,
         batch_size=32,
-        steps=800,
+        steps=400,
         fake_update_ratio=2,
         consistency_batch=8,
         lr_decay=0.3,
@@ -46,9 +46,9 @@ PRESETS = {  # published settings of each backbone, and measured ones of the cla
         out=Path("out/classroom/acdmd"),
         reward_dir=models.CLASSROOM,
         eval_rewards="geneval_strict,clipscore",
-        eval_every=200,
-        sample_every=200,
-        save_every=200,
+        eval_every=100,
+        sample_every=100,
+        save_every=100,
     ),
 }
 
