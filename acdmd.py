@@ -46,7 +46,7 @@ PRESETS = {  # published settings of each backbone, and measured ones of the cla
         out=Path("out/classroom/acdmd"),
         reward_dir=models.CLASSROOM,
         eval_rewards="geneval_strict,clipscore",
-        eval_every=100,
+        eval_every=200,
         sample_every=100,
         save_every=100,
     ),

@@ -48,7 +48,7 @@ PRESETS = {
         group_size=12,
         batch_size=48,
         batches=2,
-        epochs=110,
+        epochs=90,
         lr=1e-3,
         lr_fake=1e-3,
         lr_decay=0.5,
@@ -62,9 +62,9 @@ PRESETS = {
         out=Path("out/classroom/rtdmd"),
         distilled=Path("out/classroom/acdmd/final"),
         eval_rewards="geneval_strict,clipscore",
-        eval_every=50,
-        sample_every=50,
-        save_every=50,
+        eval_every=45,
+        sample_every=45,
+        save_every=45,
     ),
 }
 
