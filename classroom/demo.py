@@ -1,16 +1,16 @@
 """The whole paper on a laptop: distil the classroom's teacher, reinforce the student, compare them all.
 
-    python classroom/demo.py                                             about 20 minutes on 2 cores
+    python classroom/demo.py                                             about 12 minutes on 2 cores
 
 Runs acdmd.py and rtdmd.py (the commands are printed), then samples on the same held-out prompts and the same seeds: the
 teacher with 28 guided steps, the teacher with 4 (Euler, and CPS as the students), AC-DMD with 4, RTDMD with 4.
 Writes report.md, samples.png and curves.png to --out.
 
-    python classroom/demo.py --stages ablations                          about 75 minutes more
+    python classroom/demo.py --stages ablations                          about half an hour more
 
 trains each stage again without one part of the method, and writes to ablations.md what that costs.
 
-    python classroom/demo.py --stages frontier                           about an hour more
+    python classroom/demo.py --stages frontier                           about half an hour more
 
 trains stage 2 with several weights of the leash, and writes to frontier.md and frontier.png what rewards cost.
 """
@@ -163,7 +163,13 @@ def distribution(scorers, images, metadata):
                 x, y = ((d["box"][a] + d["box"][a + 2]) / 2 // shapes.CELL for a in (0, 1))
                 cells[i, int(y) * shapes.GRID + int(x)] += 1
                 colors[i, list(shapes.COLORS).index(d["color"])] += is_open
-    return {"features": scorers.features(images), "colors": colors, "cells": cells, "metadata": metadata}
+    return {"features": scorers.features(images), "colors": colors, "cells": cells}
+
+
+def truth(scorers, metadata):
+    """The distribution of real scenes of these captions, and the bootstrap "draws" that all errors are taken over."""
+    real = distribution(scorers, shapes.pictures(metadata, 5), metadata)
+    return real | {"draws": resamples(metadata, 500)}
 
 
 def distances(row, real, picks=slice(None)):
@@ -189,13 +195,13 @@ def resamples(metadata, n):
 def distance_difference(a, b, real, n=50):
     """distances of a minus those of b (0 if None), and standard errors by bootstrap, the same draws for both."""
     gap = lambda picks: distances(a, real, picks) - (distances(b, real, picks) if b else 0)  # noqa: E731
-    return gap(slice(None)), np.std([gap(picks) for picks in resamples(real["metadata"], n)], axis=0)
+    return gap(slice(None)), np.std([gap(picks) for picks in real["draws"][:n]], axis=0)
 
 
-def difference(a, b, column, real, n=500):
+def difference(a, b, column, real):
     """Paired difference a - b (0 if None) of one column: (mean, bootstrap standard error)."""
     gap = a["scores"][column] - (b["scores"][column] if b else 0)
-    return gap.mean(), np.std([gap[picks].mean() for picks in resamples(real["metadata"], n)])
+    return gap.mean(), np.std([gap[picks].mean() for picks in real["draws"]])
 
 
 def score_table(rows, metadata, real):
@@ -390,7 +396,7 @@ def report(args):
         sampler(backbone, "RTDMD, 4 CPS steps", "rtdmd", few),
     ]
     rows = [evaluate(scorers, metadata, *columns) for columns in samplers]
-    real = distribution(scorers, shapes.pictures(metadata, 5), metadata)
+    real = truth(scorers, metadata)
     draw_samples([r for r in rows[1:] if "Euler" not in r["name"]], metadata, args.out / "samples.png")
     logs = [("AC-DMD", args.distilled.parent / "log.jsonl", STAGE_1), ("RTDMD", args.rl.parent / "log.jsonl", STAGE_2)]
     curves = draw_curves(logs, args.out / "curves.png")
@@ -423,7 +429,7 @@ def ablations(args):
     backbone.roles |= roles
     metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
     rows = [evaluate(scorers, metadata, *sampler(backbone, role, role, backbone.sigmas())) for role in roles]
-    real = distribution(scorers, shapes.pictures(metadata, 5), metadata)
+    real = truth(scorers, metadata)
     write_ablations(rows, metadata, real, args)
     return ["ablations.md"]
 
@@ -442,7 +448,7 @@ def frontier(args):
     samplers += [sampler(backbone, name, name, backbone.sigmas()) for name in roles]
     metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
     rows = [evaluate(scorers, metadata, *columns) for columns in samplers]
-    real = distribution(scorers, shapes.pictures(metadata, 5), metadata)
+    real = truth(scorers, metadata)
     epochs = json.loads((run / "args.json").read_text())["epochs"]
     lines = [f"# Stage 2, {epochs} epochs, with several --dm_weight: {len(metadata)} held-out prompts, same seeds", ""]
     lines += score_table(rows, metadata, real)

@@ -438,7 +438,7 @@ def test_curves_are_drawn_of_what_there_is(tmp_path):
 def test_distances_see_a_planted_bias_and_nothing_in_real_scenes():
     metadata = shapes.sample_prompts(600, 3, "heldout")
     scorers = rewards.load_scorers({"clipscore": 1.0}, "cpu", models.CLASSROOM)
-    real, again = (demo.distribution(scorers, shapes.pictures(metadata, seed), metadata) for seed in (5, 6))
+    real, again = demo.truth(scorers, metadata), demo.distribution(scorers, shapes.pictures(metadata, 6), metadata)
     rng = np.random.default_rng(7)
     scenes = [shapes.scene(m, rng) for m in metadata]
     for m, scene in zip(metadata, scenes, strict=True):  # every second open colour turns green
@@ -460,7 +460,7 @@ def test_errors_are_over_captions_and_over_the_pictures_of_an_only_one():
     assert all(len(p) == 300 and (p < 200).sum() == 200 for p in picks)
     rng = np.random.default_rng(0)
     by_caption, by_picture = np.repeat(rng.normal(size=50), 4), rng.normal(size=100)
-    real = {"metadata": metadata}
+    real = {"draws": picks}
     for own, want in ((by_caption, 1 / 50**0.5 * 200 / 300), (np.zeros(200), 0)):
         row = {"scores": {"a": np.concatenate([own, by_picture])}}
         mean, error = demo.difference(row, None, "a", real)
