@@ -182,42 +182,6 @@ class LoRALinear(nn.Module):
         return y
 
 
-class Float8Linear(nn.Linear):
-    """A frozen Linear whose weight is kept in 8 bits (e4m3), each output row with a scale: y = (x W8^T) scale + b."""
-
-    def forward(self, x):
-        device = x.device.type
-        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-        y = Float8Product.apply(x, self.weight) * self.scale.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
-
-
-class Float8Product(torch.autograd.Function):
-    """x W8^T. The backward converts W8 again: autograd would keep the converted weights of all layers alive."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None
-
-
-@torch.no_grad()
-def store_in_8_bits(network):
-    """Turn every Linear of the blocks into a Float8Linear, in place."""
-    for linear in (m for block in blocks(network) for m in block.modules() if type(m) is nn.Linear):
-        largest = linear.weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12)
-        scale = (largest / torch.finfo(torch.float8_e4m3fn).max).log2().ceil().exp2()  # exact also in bf16
-        weight = (linear.weight.float() / scale).to(torch.float8_e4m3fn)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.register_buffer("scale", scale.flatten())
-        linear.__class__ = Float8Linear
-
-
 @contextlib.contextmanager
 def adapters(transformer, *names):
     """Switch on exactly these adapters. Nests; the former list comes back at the end."""
@@ -1107,6 +1071,42 @@ def compile_blocks(backbone):
 def blocks(network):
     """The transformer blocks: what is sharded and compiled one by one."""
     return [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", ())]
+
+
+class Float8Linear(nn.Linear):
+    """A frozen Linear whose weight is kept in 8 bits (e4m3), each output row with a scale: y = (x W8^T) scale + b."""
+
+    def forward(self, x):
+        device = x.device.type
+        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        y = Float8Product.apply(x, self.weight) * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class Float8Product(torch.autograd.Function):
+    """x W8^T. The backward converts W8 again: autograd would keep the converted weights of all layers alive."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None
+
+
+@torch.no_grad()
+def store_in_8_bits(network):
+    """Turn every Linear of the blocks into a Float8Linear, in place."""
+    for linear in (m for block in blocks(network) for m in block.modules() if type(m) is nn.Linear):
+        largest = linear.weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12)
+        scale = (largest / torch.finfo(torch.float8_e4m3fn).max).log2().ceil().exp2()  # exact also in bf16
+        weight = (linear.weight.float() / scale).to(torch.float8_e4m3fn)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.register_buffer("scale", scale.flatten())
+        linear.__class__ = Float8Linear
 
 
 SHARD_MODES = ("none", "full", "grad", "hybrid")

@@ -325,7 +325,7 @@ def draw_curves(runs, path, width=420, height=230):
         w, h = width - 84, height - 66
         low, high = np.quantile(y, [0.01, 0.99])
         low, high = (low, high) if high > low else (low - 1, high + 1)
-        span = min(len(y), max(3, len(y) // 15))
+        span = max(1, min(len(y) // 3, max(3, len(y) // 15)))
         weight = np.convolve(np.ones_like(y), np.ones(span), "same")
         smooth = np.convolve(y, np.ones(span), "same") / weight
         px = x0 + (x - x[0]) / (x[-1] - x[0]) * w
@@ -365,9 +365,9 @@ def draw_frontier(points, path, width=640, height=440):
     sheet.save(path)
 
 
-STAGE_1 = [f"loss/ac_k{k}" for k in (1, 2, 3, 4)] + [f"loss/generator_k{k}" for k in (1, 4)]
-STAGE_1 += ["loss/cons", "grad_norm/generator", "eval/geneval_strict", "eval/clipscore"]
-STAGE_2 = ["eval/geneval_strict", "eval/clipscore", "reward/geneval_strict", "reward/clipscore"]
+STAGE_1 = [f"loss/ac_k{k}" for k in (1, 2, 3, 4)] + ["loss/generator_k4"]
+STAGE_1 += ["loss/cons", "grad_norm/generator", "eval/geneval_strict", "eval/clipscore", "eval/fd"]
+STAGE_2 = ["eval/geneval_strict", "eval/clipscore", "eval/fd", "reward/geneval_strict"]
 STAGE_2 += ["group_std/geneval_strict", "loss/dm", "loss/ac"]
 STAGE_2 += ["grad_norm/generator", "grad_x0/dm", "grad_x0/bp"]
 
