@@ -204,8 +204,8 @@ def main(args):
 
     per_rank, sigmas = args.batch_size * args.batches, backbone.sigmas()
     batch = per_rank * run.world_size
-    # samples are numbered over all ranks; the first of each micro-batch
-    firsts = range(run.rank * per_rank, (run.rank + 1) * per_rank, args.batch_size)
+    mine = range(run.rank * per_rank, (run.rank + 1) * per_rank)  # samples are numbered over all ranks
+    parts = [mine[i : i + args.batch_size] for i in range(0, per_rank, args.batch_size)]
     run.print(f"{sum(p.numel() for p in generator) / 1e6:.2f} M trainable in each of generator and fake score")
     updates = args.steps // args.fake_update_ratio
     run.print(f"{batch} images an iteration, {args.steps} iterations, {updates} generator updates")
@@ -218,7 +218,8 @@ def main(args):
         k = int(torch.randint(1, len(sigmas), (1,), generator=g))  # the same in all micro-batches, on every rank
         picks = torch.randint(len(pairs), (batch,), generator=g).tolist()
         levels = [*sigmas[:k], 0.0 if args.plain_dmd else sigmas[k]]
-        for part in (range(i, i + args.batch_size) for i in firsts):
+        backbone.remember([pairs[picks[i]][0] for i in mine])
+        for part in parts:
             # .normal(name) -> [B, C, H, W], .uniform(name) -> [B]: fixed by seed, step, network, sample and name
             noise = models.Noise(args.seed, step, network, part, backbone.latent_shape, run.device)
             yield backbone.encode([pairs[picks[i]][0] for i in part]), k, levels, noise
@@ -244,7 +245,8 @@ def main(args):
         row["grad_norm/fake"] = step_optimizer(optimizer_fake, lr_fake, run.world_size, args.skip_nonfinite)
 
         # 3) generator, on a rollout of its own: where do teacher and fake score disagree about it? (section 3)
-        for cond, k, levels, noise in draw(step, "generator") if (step + 1) % args.fake_update_ratio == 0 else ():
+        turn = (step + 1) % args.fake_update_ratio == 0
+        for cond, k, levels, noise in draw(step, "generator") if turn else ():
             x_s, s = rollout(backbone, cond, levels, args.eta, noise, grad=True), levels[-1]
             with torch.no_grad():
                 sigma_t = draw_t(noise.uniform("t"), s)
@@ -257,7 +259,7 @@ def main(args):
             loss = distribution_matching_loss(x_s, x_s_fake, x_s_teacher)
             (loss / args.batches).backward()  # recomputed blocks take the adapters they ran with: the generator's
             add_to(row, {f"loss/generator_k{k}": loss}, args.batches)
-        if (step + 1) % args.fake_update_ratio == 0:
+        if turn:
             lr = decay * args.lr
             row["grad_norm/generator"] = step_optimizer(optimizer, lr, run.world_size, args.skip_nonfinite)
 

@@ -296,8 +296,8 @@ class Backbone:
         return self.transformer if role in ("teacher", "fake") else self.student
 
     @torch.no_grad()
-    def encode(self, prompts):
-        """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
+    def remember(self, prompts):
+        """Encode what is new of all of a step's prompts: encoders that wait on the CPU then come to the GPU once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         for encoder in self.encoders if new else ():
             encoder.to(self.device)
@@ -310,6 +310,10 @@ class Backbone:
                 self._embeddings[prompt] = {name: column[i] for name, column in columns.items()}
         for encoder in self.encoders if new and self.offload_encoders else ():
             encoder.to("cpu")
+
+    def encode(self, prompts):
+        """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
+        self.remember(prompts)
         rows = [self._embeddings[p] for p in prompts]
         size = sum(value.nbytes for value in rows[0].values())
         while len(self._embeddings) > max(2, CACHE_BYTES / size):  # the oldest go
@@ -558,7 +562,7 @@ def add_run_flags(p, presets, out, unit, every):
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
     add("--checkpointing", default="auto", choices=["auto", "on", "off"], help="of activations; auto: if memory asks")
     add("--shard", default="none", choices=SHARD_MODES, help="of the frozen base, by FSDP2; hybrid: in a node")
-    add("--frozen_dtype", choices=["float8_e4m3fn"], help="of the frozen linear layers: half the bytes of bfloat16")
+    add("--frozen_dtype", choices=["float8_e4m3fn"], help="of the frozen blocks' linear layers: half of bfloat16")
     add("--offload_frozen", action="store_true", help="the frozen base waits in host memory, block by block")
     add("--offload_encoders", action="store_true", help="text encoders wait on the CPU while they do not encode")
     add("--compile", action="store_true", help="torch.compile, block by block")
@@ -978,6 +982,7 @@ def load_adapter(transformer, name, source, trainable=False):
 
 def merge_adapters(transformer, names):
     """State dict of the transformer as published, with the adapters added in: W + 2 B A, in W's dtype."""
+    assert not any(isinstance(m, Float8Linear) for m in transformer.modules()), "merge into the weights as published"
     state = {}
     for key, value in transformer.state_dict().items():
         if ".lora_A." not in key and ".lora_B." not in key:
@@ -1074,27 +1079,30 @@ def blocks(network):
 
 
 class Float8Linear(nn.Linear):
-    """A frozen Linear whose weight is kept in 8 bits (e4m3), each output row with a scale: y = (x W8^T) scale + b."""
+    """A frozen Linear whose weight is kept in 8 bits (e4m3), each output row with a scale: y = x (scale W8)^T + b."""
 
     def forward(self, x):
         device = x.device.type
         x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-        y = Float8Product.apply(x, self.weight) * self.scale.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return Float8Product.apply(x, self.weight, self.scale, bias)
 
 
 class Float8Product(torch.autograd.Function):
-    """x W8^T. The backward converts W8 again: autograd would keep the converted weights of all layers alive."""
+    """x (scale W8)^T + b. The backward converts W8 again: else the converted weights of all layers would wait for it.
+
+    By another expression than the forward's: torch.compile would take two alike for one, and keep the result.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype))
+    def forward(ctx, x, weight, scale, bias):
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, (weight.t().to(x.dtype) * scale.to(x.dtype)).t(), bias)
 
     @staticmethod
     def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None
+        weight, scale = ctx.saved_tensors
+        return grad @ (weight.to(grad.dtype) * scale.to(grad.dtype)[:, None]), None, None, None
 
 
 @torch.no_grad()

@@ -990,7 +990,7 @@ def naming(scorer):
     except torch.OutOfMemoryError:
         raise UserError(
             f"reward {name} ran out of GPU memory: try --offload_rewards, a smaller --reward_batch_size where it "
-            "scores, a smaller --batch_size where its gradient is taken"
+            "scores, a smaller --last_step_batch where its gradient is taken"
         ) from None
     except UserError as error:
         raise UserError(f"reward {name}: {error}") from None
@@ -1044,7 +1044,8 @@ class Scorers:
     def differentiable(self, images, prompts):
         """Weighted sum of the differentiable columns, [B], with gradient to the images; 0 if there is none.
 
-        The gradient is taken here, of one scorer after the other, so that only one scorer's activations are alive.
+        The gradient is taken here, of one scorer after the other, so that only one scorer's activations are alive. A
+        score must depend on its own image alone; second derivatives there are none.
         """
         total, slope = images.new_zeros(len(images)), torch.zeros_like(images)
         leaf = images.detach().requires_grad_(images.requires_grad and torch.is_grad_enabled())
@@ -1053,7 +1054,8 @@ class Scorers:
                 rows = self.call(scorer, leaf, prompts)
                 own = sum(self.weights[name] * SCALE.get(name, 1) * row for name, row in rows.items())
                 if leaf.requires_grad:
-                    slope += torch.autograd.grad(own.sum(), leaf)[0]
+                    with naming(scorer):
+                        slope += torch.autograd.grad(own.sum(), leaf)[0]
                 total += own.detach()
                 if self.offload:
                     scorer.to("cpu")
@@ -1142,7 +1144,7 @@ def add_reward_flags(p, unit):
     add = p.add_argument_group("scorers").add_argument
     add("--reward_dir", type=models.path, help="folder with reward weights that are not taken from the hub")
     add("--reward_batch_size", type=models.at_least(1), help="images a scorer takes at once (default: --batch_size)")
-    add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
+    add("--offload_rewards", action="store_true", help="scorers wait on the CPU, and come for each micro-batch")
     add("--eval_every", type=models.at_least(0), default=0, help=f"{unit} between scores of held-out prompts; 0: none")
     add("--eval_prompts", type=models.path, help="the held-out prompt file; the classroom has its own")
     add("--eval_rewards", type=parse_weights, default="clipscore", help="name,...: what they are scored by")

@@ -334,6 +334,7 @@ def main(args):
     # images are numbered over all ranks: image i is of prompt i // K, and a group may straddle ranks
     mine = range(run.rank * per_rank, (run.rank + 1) * per_rank)
     batches = torch.arange(per_rank).split(args.batch_size)
+    # on the device, where no copy makes it wait: latents of every step, and their log-probabilities
     states = torch.empty(per_rank, len(sigmas), *backbone.latent_shape, device=run.device)
     old_log_prob = torch.empty(per_rank, last, device=run.device)
     scores = {name: torch.empty(per_rank) for name in weights}
@@ -356,6 +357,7 @@ def main(args):
         chosen = choose_steps(epoch, args.seed, tuple(range(last)), C)
         picked = pick_prompts(pairs, n_groups, seeded(args.seed, epoch, "prompts"))
         prompts, metadata = zip(*(picked[i // K] for i in mine), strict=True)
+        backbone.remember(prompts)
 
         # 2) sample, 3) reward
         for part in batches:

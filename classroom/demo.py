@@ -183,13 +183,14 @@ def distances(row, real, picks=slice(None)):
 
 
 def resamples(metadata, n):
-    """n bootstrap draws of the pictures' indices: of each task type, captions, and of each caption, its pictures."""
+    """n bootstrap draws of the pictures' indices: captions of each task type, or pictures where it has one or two."""
     rng, tasks = np.random.default_rng(0), {}
     for i, m in enumerate(metadata):
         tasks.setdefault(m["tag"], {}).setdefault(m["prompt"], []).append(i)
-    captions = [list(task.values()) for task in tasks.values()]
-    drawn = lambda: (task[j] for task in captions for j in rng.integers(len(task), size=len(task)))  # noqa: E731
-    return [np.concatenate([rng.choice(pictures, len(pictures)) for pictures in drawn()]) for _ in range(n)]
+    units = [list(task.values()) for task in tasks.values()]
+    units = [task if len(task) > 2 else [[i] for pictures in task for i in pictures] for task in units]
+    drawn = lambda: [i for task in units for j in rng.integers(len(task), size=len(task)) for i in task[j]]  # noqa: E731
+    return [np.array(drawn()) for _ in range(n)]
 
 
 def distance_difference(a, b, real, n=50):
@@ -233,10 +234,10 @@ def difference_table(pairs, real):
 def write_report(rows, metadata, real, args, curves):
     lines = [f"# Teacher, AC-DMD, RTDMD: {len(metadata)} held-out prompts, same seeds", ""]
     lines += score_table(rows, metadata, real)
-    lines += ["", "± is the standard error by bootstrap over captions and their pictures; task columns are strict."]
-    lines += ["FD: Fréchet distance of the classroom CLIP's pooled image features to as many real scenes of the same"]
-    lines += ["captions. Colour TV: total variation, from theirs, of the colours that captions leave open; cell TV: of"]
-    lines += ["the objects' places."]
+    lines += ["", "± is the standard error by bootstrap over captions, over pictures in tasks of one or two captions;"]
+    lines += ["task columns are strict. FD: Fréchet distance of the classroom CLIP's pooled image features to as many"]
+    lines += ["real scenes of the same captions. Colour TV: total variation, from theirs, of the colours that captions"]
+    lines += ["leave open; cell TV: of the objects' places."]
     lines += ["Diversity: mean pixel distance of 8 pictures of one prompt."]
     by_name = {row["name"].split(",")[0]: row for row in rows}
     pairs = (("AC-DMD", "teacher 4 CPS steps"), ("RTDMD", "AC-DMD"), ("RTDMD", "teacher 28 steps guided"))

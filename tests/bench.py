@@ -17,6 +17,7 @@ kernels need inside, fragments and the CUDA context (1 to 2 GB) come on top: lea
 
 import argparse
 import json
+import math
 import sys
 import time
 import weakref
@@ -225,7 +226,7 @@ class NoOptimizer:
             p.grad = None
 
 
-class Differentiable(rewards.Scorers):
+class Differentiable:
     """The preset's differentiable rewards at published size, their weights on the meta device."""
 
     def __init__(self):
@@ -233,10 +234,10 @@ class Differentiable(rewards.Scorers):
         files.device = "meta"
         self.scorers = [cls(files, "cpu") for cls in (rewards.CLIPScore, rewards.HPSv2, rewards.PickScore)]
         self.weights = {scorer.columns[0]: 1.0 for scorer in self.scorers}
-        self.offload = False
+        self.offload, self.call = False, lambda scorer, images, prompts: scorer(images, prompts)
 
-    def call(self, scorer, images, prompts):
-        return scorer(images, prompts)
+    def differentiable(self, images, prompts):
+        return rewards.Scorers.differentiable(self, images, prompts)
 
 
 def make_fake(module):
@@ -310,6 +311,8 @@ def plan(model, args):
         row["rewards"] = (max(REWARDS) if args.offload_rewards else sum(REWARDS)) if stage == 2 else 0.0
         # weights and two moments of generator and fake score, the EMA; in stage 2 those of stage 1 below them
         row["adapters"] = adapter * (2 * 3 + 1 + (2 if stage == 2 else 0))
+        images = two["batch_size"] * two["batches"] * (stage == 2)  # an epoch's, whose latents stay on the GPU
+        row["adapters"] += images * 5 * 4 * math.prod(backbone.latent_shape) / 1e9
         fixed = sum(row.values())
         for recompute in found:
             mine = {part.split(", ")[1]: value for part, value in found[recompute].items() if f"stage {stage}" in part}

@@ -123,6 +123,26 @@ def test_a_base_in_8_bits_is_the_rounded_one_and_adapters_stay_exact():
     assert 1e-3 < gap < 0.05
 
 
+def test_a_compiled_layer_in_8_bits_keeps_8_bits_for_its_backward():
+    """aot_eager_decomp_partition divides forward from backward as inductor does, and needs no C++ compiler."""
+    network = torch.nn.Module()
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
+    network.transformer_blocks = [layer.requires_grad_(False)]
+    models.store_in_8_bits(network)
+    compiled, kept = torch.compile(layer, backend="aot_eager_decomp_partition"), []
+    x = torch.randn(3, 64, generator=models.seeded("x"), requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = compiled(x)
+    weights = [t for t in kept if t.numel() == 64 * 128]
+    assert weights and all(t.dtype == torch.float8_e4m3fn for t in weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = layer(x)
+    torch.testing.assert_close(y, want, atol=0.02, rtol=0.02)
+    slopes = [torch.autograd.grad(out.float().square().sum(), x)[0] for out in (y, want)]
+    torch.testing.assert_close(*slopes, atol=0.02, rtol=0.05)
+
+
 def test_checkpointing_covers_the_vae_and_leaves_its_gradient_as_it_is(backbone):
     x = torch.randn(2, *backbone.latent_shape, generator=models.seeded("x")).requires_grad_()
     kept, slopes = [], []

@@ -111,7 +111,7 @@ sys.path[:0] = [{str(ROOT)!r}]
 import acdmd, models, rtdmd
 torch.optim.AdamW = functools.partial(torch.optim.AdamW, eps=1e-5)
 runs, out = json.load(open("runs.json")), {str(tmp_path)!r}
-for name, more in {SHARDED | {"of_8_bits": ["--shard", "full", *EIGHT_BITS]}!r}.items():
+for name, more in {SHARDED | {"of_8_bits": ["--shard", "full", "--checkpointing", "on", *EIGHT_BITS]}!r}.items():
     acdmd.main(acdmd.parse_args([*runs["first"], *more, "--out", f"{{out}}/acdmd/{{name}}"]))
     rtdmd.main(rtdmd.parse_args([*runs["second"], *more, "--out", f"{{out}}/rtdmd/{{name}}"]))
 models.dist.barrier()  # rank 0 has saved
@@ -455,13 +455,15 @@ def test_distances_see_a_planted_bias_and_nothing_in_real_scenes():
 
 
 def test_errors_are_over_captions_and_over_the_pictures_of_an_only_one():
+    """Each task's own share of the error; of 50 captions with 4 pictures each, of one with 100."""
     metadata = [{"tag": "many", "prompt": str(i // 4)} for i in range(200)] + [{"tag": "one", "prompt": "x"}] * 100
     picks = demo.resamples(metadata, 300)
     assert all(len(p) == 300 and (p < 200).sum() == 200 for p in picks)
     rng = np.random.default_rng(0)
     by_caption, by_picture = np.repeat(rng.normal(size=50), 4), rng.normal(size=100)
+    noise = rng.normal(size=200)  # no effect of the caption
     real = {"draws": picks}
-    for own, want in ((by_caption, 1 / 50**0.5 * 200 / 300), (np.zeros(200), 0)):
+    for own, want in ((by_caption, 50**-0.5 * 2 / 3), (noise, 200**-0.5 * 2 / 3), (np.zeros(200), 0)):
         row = {"scores": {"a": np.concatenate([own, by_picture])}}
         mean, error = demo.difference(row, None, "a", real)
         assert mean == row["scores"]["a"].mean()
