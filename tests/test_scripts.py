@@ -166,7 +166,10 @@ def close_adapters(a, b, rows=slice(None)):
         one, two = models.load_file(file), models.load_file(b / file.relative_to(a))
         assert all((one[key] - two[key]).abs().max() <= 1e-5 for key in one), file
     for one, two in zip(log(a.parent)[rows], log(b.parent), strict=True):
-        assert one == pytest.approx(two, rel=1e-5, abs=1e-5)
+        assert one.keys() == two.keys()
+        for name in one:  # rewards see pictures of 8 bits, where rounding may tip a pixel
+            loose = 1e-3 if name.startswith(("reward/", "group_std/")) else 1e-5
+            assert one[name] == pytest.approx(two[name], rel=loose, abs=loose), name
 
 
 def test_a_used_folder_is_gone_on_with_or_refused(distilled, tmp_path, capsys):
