@@ -6,11 +6,11 @@ Runs acdmd.py and rtdmd.py (the commands are printed), then samples on the same 
 teacher with 28 guided steps, the teacher with 4 (Euler, and CPS as the students), AC-DMD with 4, RTDMD with 4.
 Writes report.md, samples.png and curves.png to --out.
 
-    python classroom/demo.py --stages ablations                          about half an hour more
+    python classroom/demo.py --stages ablations
 
 trains each stage again without one part of the method, and writes to ablations.md what that costs.
 
-    python classroom/demo.py --stages frontier                           about half an hour more
+    python classroom/demo.py --stages frontier
 
 trains stage 2 with several weights of the leash, and writes to frontier.md and frontier.png what rewards cost.
 """
@@ -173,7 +173,7 @@ def truth(scorers, metadata):
 
 
 def distances(row, real, picks=slice(None)):
-    """[Fréchet distance, total variation of open colours, of cells] between those of a row and real ones.
+    """[Fréchet distance, total variation of open colours, of cells] between a row and real scenes of its captions.
 
     Total variation is half the sum of the differences between two sets of shares: 0 for the same, 1 for no overlap.
     """
