@@ -218,7 +218,7 @@ def main(args):
         k = int(torch.randint(1, len(sigmas), (1,), generator=g))  # the same in all micro-batches, on every rank
         picks = torch.randint(len(pairs), (batch,), generator=g).tolist()
         levels = [*sigmas[:k], 0.0 if args.plain_dmd else sigmas[k]]
-        backbone.remember([pairs[picks[i]][0] for i in mine])
+        backbone.remember([pairs[picks[i]][0] for i in mine])  # text encoders run here, once for all micro-batches
         for part in parts:
             # .normal(name) -> [B, C, H, W], .uniform(name) -> [B]: fixed by seed, step, network, sample and name
             noise = models.Noise(args.seed, step, network, part, backbone.latent_shape, run.device)
@@ -239,13 +239,14 @@ def main(args):
             loss_ac = fake_score_loss(v_fake, target, sigma_ts)
             loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta, args.delta_max)
             ((loss_ac + args.gamma * loss_cons) / args.batches).backward()
+            # for the log, means over the micro-batches
             add_to(row, {f"loss/ac_k{k}": loss_ac, "loss/cons": loss_cons}, args.batches)
         # averages over ranks, clips the norm at 1, steps at this rate, clears the gradients
         lr_fake = decay * args.lr_fake
         row["grad_norm/fake"] = step_optimizer(optimizer_fake, lr_fake, run.world_size, args.skip_nonfinite)
 
         # 3) generator, on a rollout of its own: where do teacher and fake score disagree about it? (section 3)
-        turn = (step + 1) % args.fake_update_ratio == 0
+        turn = (step + 1) % args.fake_update_ratio == 0  # the fake score moves more often (TTUR)
         for cond, k, levels, noise in draw(step, "generator") if turn else ():
             x_s, s = rollout(backbone, cond, levels, args.eta, noise, grad=True), levels[-1]
             with torch.no_grad():

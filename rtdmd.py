@@ -357,7 +357,7 @@ def main(args):
         chosen = choose_steps(epoch, args.seed, tuple(range(last)), C)
         picked = pick_prompts(pairs, n_groups, seeded(args.seed, epoch, "prompts"))
         prompts, metadata = zip(*(picked[i // K] for i in mine), strict=True)
-        backbone.remember(prompts)
+        backbone.remember(prompts)  # text encoders run here, once for all micro-batches
 
         # 2) sample, 3) reward
         for part in batches:
@@ -365,7 +365,7 @@ def main(args):
                 return
             texts, _, noise = select(epoch, prompts, part)
             x, log_prob = sample(backbone, texts, sigmas, chosen, args.eta, noise)  # x: [B, 5, C, H, W]
-            here = to_device(part, run.device)
+            here = to_device(part, run.device)  # the same rows, for tensors on the device
             states[here], old_log_prob[here] = x, log_prob
             with torch.no_grad():
                 images = backbone.decode(x[:, -1])
