@@ -218,7 +218,17 @@ def test_networks_in_bf16_are_told_the_noise_level_exactly(folders, model):
     assert len(seen) == 1 + backbone.embedded_guidance and all((guidance == 3500).all() for guidance in seen[1:])
 
 
-def test_compiled_blocks_compute_the_same_for_every_role(monkeypatch):
+@pytest.fixture
+def strict_dynamo():
+    """Fail where dynamo recompiles too often. (monkeypatch.setattr would delete these settings when it ends.)"""
+    config, new = torch._dynamo.config, hasattr(torch._dynamo.config, "recompile_limit")  # torch 2.6 has other names
+    limit, fail = "recompile_limit", "fail_on_recompile_limit_hit"
+    limit, fail = (limit, fail) if new else ("cache_size_limit", "fail_on_cache_limit_hit")
+    with config.patch({limit: getattr(config, limit), fail: True}):
+        yield
+
+
+def test_compiled_blocks_compute_the_same_for_every_role(monkeypatch, strict_dynamo):
     """dynamo traces the blocks with the adapters that are on (no compiler needed), also after FLOP were counted."""
     compile_, ran = torch.compile, []
 
@@ -226,11 +236,6 @@ def test_compiled_blocks_compute_the_same_for_every_role(monkeypatch):
         return lambda *args: ran.append(1) or graph(*args)
 
     monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend=traced))
-    config, new = torch._dynamo.config, hasattr(torch._dynamo.config, "recompile_limit")  # torch 2.6 has other names
-    limit, fail = "recompile_limit", "fail_on_recompile_limit_hit"
-    limit, fail = (limit, fail) if new else ("cache_size_limit", "fail_on_cache_limit_hit")
-    monkeypatch.setattr(config, limit, getattr(config, limit))  # put back after
-    monkeypatch.setattr(config, fail, True)
     backbone = models.load("classroom")
     for name in ("generator", "fake"):
         for p in models.add_adapter(backbone.transformer, name, 4, generator=models.seeded(name)):
