@@ -1148,11 +1148,8 @@ def add_reward_flags(p, unit):
     add("--eval_every", type=models.at_least(0), default=0, help=f"{unit} between scores of held-out prompts; 0: none")
     add("--eval_prompts", type=models.path, help="the held-out prompt file; the classroom has its own")
     add("--eval_rewards", type=parse_weights, default="clipscore", help="name,...: what they are scored by")
-    add(
-        "--fd_reference",
-        type=models.path,
-        help="folder of pictures: eval/fd, Frechet distance to them in CLIP",
-    )
+    fd = "folder of pictures: eval/fd, Frechet distance to them in CLIP; under 500 it reads high"
+    add("--fd_reference", type=models.path, help=fd)
 
 
 class HeldOut:
@@ -1319,7 +1316,7 @@ def geneval_fault(metadata, classes, colors):
     """What is wrong with the metadata of one prompt, or None. The judge would score an unknown name low in silence."""
     include, exclude = metadata.get("include"), metadata.get("exclude", [])
     if "tag" not in metadata or not isinstance(include, list) or not include or not isinstance(exclude, list):
-        return 'has no "tag" and "include", which geneval needs: take a GenEval .jsonl'
+        return 'has no "tag" and "include", which geneval needs: take a GenEval .jsonl, or another reward than geneval'
     known = [("tag", metadata["tag"], TASKS)]
     for i, need in enumerate([*include, *exclude]):
         if not isinstance(need, dict) or type(need.get("count")) is not int or need["count"] < 1:

@@ -11,8 +11,9 @@ step with the leash).
 MFU: matrix products and attention of the forwards, as torch counts them, a backward as one forward more (the frozen
 base needs no weight gradients), over the device's dense bf16 peak. A recomputed forward is not counted.
 
---plan runs the same parts on fake tensors, which have shapes and no numbers, and adds up what is alive at once. What
-kernels need inside, fragments and the CUDA context (1 to 2 GB) come on top: leave 10%.
+--plan runs the same parts on fake tensors, which have shapes and no numbers, and adds up what is alive at once (about
+a minute a model). What kernels need inside, fragments and the CUDA context (1 to 2 GB) come on top: the largest batch
+leaves 10%.
 """
 
 import argparse
@@ -314,20 +315,23 @@ def plan(model, args):
         images = two["batch_size"] * two["batches"] * (stage == 2)  # an epoch's, whose latents stay on the GPU
         row["adapters"] += images * 5 * 4 * math.prod(backbone.latent_shape) / 1e9
         fixed = sum(row.values())
-        for recompute in found:
-            mine = {part.split(", ")[1]: value for part, value in found[recompute].items() if f"stage {stage}" in part}
 
-            def alive(n, mine=mine):
-                """(GB at the peak with micro-batches of n, the part it is in)"""
-                last = min(n, args.last_step_batch or n)
-                sizes = {part: last if part == "last step" else n for part in mine}
-                return max((adapter + sizes[part] * (peak / 1e9 - adapter), part) for part, (peak, _) in mine.items())
+        parts = {part.split(", ")[1]: part for part in found[True in found] if f"stage {stage}" in part}
 
-            largest = max((n for n in range(1, 257) if fixed + alive(n)[0] <= args.gb), default=0)
-            if largest >= batch:  # no need to recompute
-                break
-        (row["activations"], row["in"]), row["checkpointing"] = alive(batch), recompute
-        work = {part: evaluations for part, (_, evaluations) in mine.items()}
+        def alive(n, recompute, parts=parts):
+            """(GB at the peak with micro-batches of n, the part it is in)"""
+            last = min(n, args.last_step_batch or n)
+            sizes = {part: last if part == "last step" else n for part in parts}
+            peak = {part: found[recompute][long][0] / 1e9 for part, long in parts.items()}
+            return max((adapter + sizes[part] * (peak[part] - adapter), part) for part in parts)
+
+        # auto, as models.needs_checkpointing: do the activations take over 70% of what is free?
+        keeps = False in found and (True not in found or alive(batch, False)[0] <= 0.7 * (args.gb - fixed))
+        row["checkpointing"] = not keeps
+        row["activations"], row["in"] = alive(batch, row["checkpointing"])
+        fits = [n for n in range(1, 1025) if any(fixed + alive(n, how)[0] <= 0.9 * args.gb for how in found)]
+        largest = max(fits, default=0)
+        work = {part: found[row["checkpointing"]][long][1] for part, long in parts.items()}
         if stage == 1:
             images = one.steps * one.batch_size * 8
             each = work["fake score"] + work["generator"] / one.fake_update_ratio
@@ -348,13 +352,16 @@ def print_plan(args):
     terms = ["frozen", "vae", "encoders", "rewards", "adapters", "activations"]
     head = ["model", "stage", *terms, "sum", "batch", "largest that fits", "hours"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    models.quiet_libraries()
     for model in [args.model] if args.model != "classroom" else PUBLISHED:
+        print(f"{model} ...", end="\r", file=sys.stderr, flush=True)
         for stage, row in enumerate(plan(model, args), 1):
             cells = [model, str(stage), *(f"{row[term]:.1f}" for term in terms), f"**{row['sum']:.1f}**"]
             cells[-2] += f" ({row['in']}{', checkpointing' if row['checkpointing'] else ''})"
             cells += [str(row["batch"]), str(row["largest"]), f"{row['hours']:.0f}"]
             print("| " + " | ".join(cells) + " |", flush=True)
-    print(f"Predicted, GB, for a GPU of {args.gb:g} GB and batches of one GPU; leave 10% for kernels and fragments.")
+    print(f"Predicted, GB, for a GPU of {args.gb:g} GB and batches of one GPU. The largest leaves 10% for kernels and")
+    print("fragments and may need checkpointing. Rewards: clipscore, hpsv2, pickscore, geneval.")
     print(f"Hours: GPUs times hours of the published run, at an assumed {args.mfu:.0%} of {args.peak:.3g} FLOP/s.")
 
 
@@ -409,17 +416,25 @@ if __name__ == "__main__":
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=models.path, help=".jsonl to append the rows to")
     parser.add_argument("--plan", action="store_true", help="predict memory and hours (default: of all published)")
-    parser.add_argument("--gb", type=float, default=80.0, help="--plan: memory of a GPU")
-    parser.add_argument("--gpus", type=int, default=1, help="--plan: that --shard shards over")
-    parser.add_argument("--shard", default="none", choices=models.SHARD_MODES, help="--plan: as in the stages")
-    parser.add_argument("--offload_frozen", action="store_true", help="--plan: as in the stages")
-    parser.add_argument("--offload_encoders", action="store_true", help="--plan: as in the stages")
-    parser.add_argument("--offload_rewards", action="store_true", help="--plan: as in rtdmd.py")
-    parser.add_argument("--last_step_batch", type=int, help="--plan: as in rtdmd.py")
-    parser.add_argument("--frozen_dtype", choices=["float8_e4m3fn"], help="--plan: as in the stages")
-    parser.add_argument("--mfu", type=float, default=0.35, help="--plan: assumed share of the peak")
-    parser.add_argument("--peak", type=float, default=989e12, help="--plan: FLOP/s, an H100's in bf16")
+    add = parser.add_argument_group("of --plan").add_argument
+    of_plan = [
+        add("--gb", type=float, default=80.0, help="memory of a GPU"),
+        add("--gpus", type=int, default=1, help="that --shard shards over"),
+        add("--shard", default="none", choices=models.SHARD_MODES, help="as in the stages"),
+        add("--offload_frozen", action="store_true", help="as in the stages"),
+        add("--offload_encoders", action="store_true", help="as in the stages"),
+        add("--offload_rewards", action="store_true", help="as in rtdmd.py"),
+        add("--last_step_batch", type=int, help="as in rtdmd.py"),
+        add("--frozen_dtype", choices=["float8_e4m3fn"], help="as in the stages"),
+        add("--mfu", type=float, default=0.35, help="assumed share of the peak"),
+        add("--peak", type=float, default=989e12, help="FLOP/s, an H100's in bf16"),
+    ]
     args = parser.parse_args()
+    given = [flag.option_strings[0] for flag in of_plan if getattr(args, flag.dest) != flag.default]
+    if given and not args.plan:
+        parser.error(f"{', '.join(given)}: only of a plan; give --plan too")
     if args.random_weights and args.model == "classroom":
         parser.error("--random_weights: the classroom has weights; leave the flag out")
+    if args.model != "classroom" and not args.random_weights and not args.plan:
+        parser.error(f"--model {args.model}: give --random_weights to measure on this device, or --plan to predict")
     models.run(print_plan if args.plan else main, args)

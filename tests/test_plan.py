@@ -102,10 +102,12 @@ def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
         assert row["sum"] == pytest.approx(sum(row[term] for term in terms)) and row["largest"] >= row["batch"] == 9
         assert not row["checkpointing"] and row["hours"] > 0
     assert (rows[0]["rewards"], rows[1]["rewards"]) == (0.0, sum(bench.REWARDS))
-    tight = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=rows[0]["sum"] - 0.5, offload_encoders=True)))[0]
-    assert tight["encoders"] == 0.0 and tight["largest"] >= 9
-    full = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=rows[0]["sum"] - 0.5)))[0]
+    full = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=rows[0]["sum"] + 0.1)))[0]  # but 30% are not free then
     assert full["checkpointing"] and full["activations"] < rows[0]["activations"]
+    least = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=full["sum"] / 0.91, checkpointing="on")))[0]
+    assert 0 < least["largest"] < 9  # 10% are left
+    tight = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=rows[0]["sum"] + 0.1, offload_encoders=True)))[0]
+    assert tight["encoders"] == 0.0 and not tight["checkpointing"]
     saved = bench.plan("sd35", SimpleNamespace(**ARGS | dict(checkpointing="off", frozen_dtype="float8_e4m3fn")))[0]
     assert 0.4 * rows[0]["frozen"] < saved["frozen"] < 0.7 * rows[0]["frozen"]  # positions and ends are not in blocks
     flags = dict(checkpointing="off", batch_size=20, last_step_batch=2, offload_rewards=True)

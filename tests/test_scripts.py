@@ -581,6 +581,7 @@ BAD = {  # command -> what the one line on standard error must say
     "acdmd.py --resolution 50 --steps 1": "resolution 50 does not divide by 16: try 48 or 64",
     "acdmd.py --weights {tmp}/nowhere": "no weights at",
     "acdmd.py --resume {tmp}": "no checkpoint there",
+    "acdmd.py --resume {tmp}/mistyped": "no such folder; give a run folder or one of its step_NNNNNN",
     "rtdmd.py --distilled {tmp}": "has no generator_ema: run acdmd.py first",
     "rtdmd.py --distilled {acdmd} --rewards clipscore=1,beauty=1": "unknown reward 'beauty'; allowed: pickscore, hpsv2",
     "rtdmd.py --distilled {acdmd} --rewards own.py:f": "reward own.py:f: FileNotFoundError",
