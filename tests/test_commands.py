@@ -31,6 +31,7 @@ TABLE = {  # pattern of a command -> flags that make it small (the last of two a
     r"tests/bench\.py --model": "a GPU",
     r"tests/bench_rewards\.py": "published sizes; test_rewards.py runs it on small networks",
     r"tests/bench\.py$": "minutes; test_backbones.py runs it on small networks",
+    r"--resume out/long/": "goes on with an hour's run; test_faults.py resumes",
     r"demo\.py": PARSE,  # test_scripts.py runs all of it
     r"pretrain\.py": PARSE,  # test_classroom.py runs all of it
     r"python acdmd\.py$": SMALL + "--steps 1 --out out/acdmd",
