@@ -225,10 +225,11 @@ def test_a_folder_in_use_names_who_uses_it(run):
 
 
 @pytest.mark.parametrize("flag", ("--out", "--prompts", "--resume", "--reward_dir", "--eval_prompts", "--fd_reference"))
-def test_the_home_folder_is_meant_by_a_tilde(flag, monkeypatch):
-    monkeypatch.setenv("HOME", "/somewhere")
+def test_the_home_folder_is_meant_by_a_tilde(flag, monkeypatch, tmp_path):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
     args = acdmd.parse_args([f"{flag}=~/runs"])
-    assert vars(args)[flag[2:]] == Path("/somewhere/runs")
+    assert vars(args)[flag[2:]] == tmp_path / "runs"
 
 
 def test_a_resolution_beyond_the_table_of_positions_is_named(tmp_path):
