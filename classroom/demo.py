@@ -8,12 +8,12 @@ Writes report.md, samples.png and curves.png to --out.
 
     python classroom/demo.py --stages ablations
 
-trains each stage again without one part of the method, and writes to ablations.md what that costs (half an hour).
+trains each stage again without one part of the method, and writes to ablations.md what that costs: six trainings.
 
     python classroom/demo.py --stages frontier
 
-trains stage 2 with several weights of the leash, and writes to frontier.md and frontier.png what rewards cost (25
-minutes).
+trains stage 2 with several weights of the leash, and writes to frontier.md and frontier.png what rewards cost: five
+trainings.
 """
 
 import json
@@ -374,7 +374,8 @@ STAGE_2 += ["group_std/geneval_strict", "loss/dm", "loss/ac"]
 STAGE_2 += ["grad_norm/generator", "grad_x0/dm", "grad_x0/bp"]
 
 
-def need(*folders):
+def require(*folders):
+    """Name what is missing before anything is trained or sampled."""
     for folder in folders:
         if not folder.is_dir():
             first = "run the stages acdmd and rtdmd first, or give --distilled and --rl"
@@ -392,7 +393,7 @@ def load_adapters(folders):
 def report(args):
     """Sample and score teacher, AC-DMD and RTDMD; write the table and the pictures. Returns the files' names."""
     folders = {"acdmd": args.distilled / "generator_ema", "rtdmd": args.rl / "rl_ema"}
-    need(*folders.values())
+    require(*folders.values())
     backbone, scorers = load_adapters(folders)
     backbone.roles |= {"acdmd": ("acdmd",), "rtdmd": ("acdmd", "rtdmd")}
     metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
@@ -417,7 +418,7 @@ def report(args):
 def ablations(args):
     """Train the stages again, same seed, without one part at a time; score them all and write the table."""
     folders = {"acdmd": args.distilled / "generator_ema", "rtdmd": args.rl / "rl_ema"}
-    need(*folders.values())
+    require(*folders.values())
     for stage, length, asked in ((acdmd, "steps", args.acdmd_steps), (rtdmd, "epochs", args.rtdmd_epochs)):
         run = args.out / stage.__name__
         was = json.loads((run / "args.json").read_text())
@@ -445,7 +446,7 @@ def ablations(args):
 def frontier(args):
     """Train stage 2 with several weights of the leash; what does a reward cost in distribution?"""
     folders, roles = {"acdmd": args.distilled / "generator_ema"}, {"AC-DMD": ("acdmd",)}
-    need(*folders.values())
+    require(*folders.values())
     for i, weight in enumerate(FRONTIER):
         run = args.out / "frontier" / f"dm_{weight}"
         run_stage("rtdmd.py", args, run, "--dm_weight", weight, "--eval_every", 0)

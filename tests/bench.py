@@ -11,9 +11,9 @@ step with the leash).
 MFU: matrix products and attention of the forwards, as torch counts them, a backward as one forward more (the frozen
 base needs no weight gradients), over the device's dense bf16 peak. A recomputed forward is not counted.
 
---plan runs the same parts on fake tensors, which have shapes and no numbers, and adds up what is alive at once (about
-a minute a model). What kernels need inside, fragments and the CUDA context (1 to 2 GB) come on top: the largest batch
-leaves 10%.
+--plan runs the same parts on fake tensors, which have shapes and no numbers, and adds up what is alive at once (a
+minute or two a model). What kernels need inside, fragments and the CUDA context (1 to 2 GB) come on top: the largest
+batch leaves 10%.
 """
 
 import argparse
@@ -293,8 +293,10 @@ def plan(model, args):
     """Rows of the plan, one a stage: {term: GB}, "sum", "batch", the "largest" batch that fits, GPU "hours" in all."""
     one, two = acdmd.parse_args(["--model", model, "--prompts", __file__]), rtdmd.PRESETS[model]
     resolution = args.resolution or models.BACKBONES[model]["resolution"]
-    found = {}
-    for checkpointing in (False, True) if args.checkpointing == "auto" else (args.checkpointing == "on",):
+    splits, found = args.offload_frozen or args.shard != "none", {}  # then auto is on
+    for checkpointing in (
+        (False, True) if args.checkpointing == "auto" and not splits else (args.checkpointing != "off",)
+    ):
         backbone = random_backbone(model, "meta", torch.bfloat16, resolution)
         for network in backbone.networks() if args.frozen_dtype else ():
             models.store_in_8_bits(network)
@@ -302,7 +304,7 @@ def plan(model, args):
     adapter = adapter_bytes(backbone) / 2 / 1e9  # of generator or fake score, fp32; as large are its gradients
     frozen = size_of(*backbone.networks()) / 1e9 - 2 * adapter
     blocks = 2 * max(size_of(m) for network in backbone.networks() for m in models.blocks(network)) / 1e9
-    if args.offload_frozen or args.shard != "none":  # this process's share, and two blocks on their way
+    if splits:  # this process's share, and two blocks on their way
         frozen = blocks + (0 if args.offload_frozen else frozen / args.gpus)
     rows = []
     for stage, batch in ((1, one.batch_size), (2, two["batch_size"])):
@@ -315,7 +317,6 @@ def plan(model, args):
         images = two["batch_size"] * two["batches"] * (stage == 2)  # an epoch's, whose latents stay on the GPU
         row["adapters"] += images * 5 * 4 * math.prod(backbone.latent_shape) / 1e9
         fixed = sum(row.values())
-
         parts = {part.split(", ")[1]: part for part in found[True in found] if f"stage {stage}" in part}
 
         def alive(n, recompute, parts=parts):

@@ -91,6 +91,14 @@ def resident_in_8_bits():
     return size, before - resident()
 
 
+@pytest.mark.parametrize(
+    "flags, said", (("--gb 24", "--gb: only of a plan; give --plan too"), ("--model sd3", "give --random_weights"))
+)
+def test_what_cannot_be_measured_is_refused(flags, said):
+    done = subprocess.run([sys.executable, bench.__file__, *flags.split()], capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     monkeypatch.setitem(bench.PUBLISHED, "sd35", bench.PUBLISHED["sd35"] | SMALL)
     mean = SimpleNamespace(scorers=[], differentiable=lambda images, prompts: images.mean((1, 2, 3)))
@@ -108,6 +116,7 @@ def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     assert least["largest"] < 9  # 10% are left
     tight = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=rows[0]["sum"] + 0.1, offload_encoders=True)))[0]
     assert tight["encoders"] == 0.0 and not tight["checkpointing"]
+    assert bench.plan("sd35", SimpleNamespace(**ARGS | dict(offload_frozen=True)))[0]["checkpointing"]
     saved = bench.plan("sd35", SimpleNamespace(**ARGS | dict(checkpointing="off", frozen_dtype="float8_e4m3fn")))[0]
     assert 0.4 * rows[0]["frozen"] < saved["frozen"] < 0.7 * rows[0]["frozen"]  # positions and ends are not in blocks
     flags = dict(checkpointing="off", batch_size=20, last_step_batch=2, offload_rewards=True)

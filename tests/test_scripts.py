@@ -562,9 +562,11 @@ def test_ablations_compare_like_with_like(distilled, tmp_path):
         demo.main(demo.parse_args(["--out", str(tmp_path), "--stages", "ablations", *flags]))
 
 
-def test_ablations_need_the_full_method_first(tmp_path):
+@pytest.mark.parametrize("stage", ("report", "ablations", "frontier"))
+def test_what_compares_needs_the_full_method_first(stage, tmp_path):
     with pytest.raises(models.UserError, match="generator_ema does not exist: run the stages acdmd and rtdmd first"):
-        demo.main(demo.parse_args(["--out", str(tmp_path), "--stages", "ablations"]))
+        demo.main(demo.parse_args(["--out", str(tmp_path), "--stages", stage]))
+    assert not list(tmp_path.iterdir())
 
 
 BAD = {  # command -> what the one line on standard error must say
