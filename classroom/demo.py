@@ -342,28 +342,32 @@ def draw_curves(runs, path, width=420, height=230):
     return True
 
 
-def draw_frontier(points, path, width=640, height=440):
-    """Strict GenEval over FD with their standard errors. points: [(label, (FD, error), (strict, error))]"""
-    sheet = Image.new("RGB", (width, height), "white")
+def draw_frontier(panels, path, w=400, h=360):
+    """Rewards over FD with their standard errors. panels: {title: [(label, (FD, error), (reward, error))]}"""
+    sheet = Image.new("RGB", (len(panels) * (w + 80), h + 80), "white")
     ink = ImageDraw.Draw(sheet)
-    x0, y0, w, h = 60, 20, width - 90, height - 70
-    (left, right), (low, high) = (
-        (min(v - e for v, e in values), max(v + e for v, e in values))
-        for values in ([p[1] for p in points], [p[2] for p in points])
-    )
-    place = lambda fd, s: (x0 + (fd - left) / (right - left) * w, y0 + h - (s - low) / (high - low) * h)  # noqa: E731
-    ink.rectangle((x0, y0, x0 + w, y0 + h), outline="#888888")
-    for label, (fd, fd_error), (s, s_error) in points:
-        color = "#d03030" if "dm" in label else "#1f4e9c"
-        ink.line([place(fd - fd_error, s), place(fd + fd_error, s)], fill=color)
-        ink.line([place(fd, s - s_error), place(fd, s + s_error)], fill=color)
-        x, y = place(fd, s)
-        ink.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
-        ink.text((x + 6, y - 14), label, color)
-    ink.text((x0, y0 + h + 6), f"{left:.2f}", "black"), ink.text((x0 + w - 24, y0 + h + 6), f"{right:.2f}", "black")
-    ink.text((10, y0 + h - 10), f"{low:.2f}", "black"), ink.text((10, y0), f"{high:.2f}", "black")
-    ink.text((x0 + w / 2 - 80, y0 + h + 22), "FD to real scenes (lower is better)", "black")
-    ink.text((x0 + 6, y0 + 4), "GenEval strict (higher is better)", "black")
+
+    def draw_panel(title, points, x0, y0):
+        (left, right), (low, high) = (
+            (min(v - e for v, e in values), max(v + e for v, e in values))
+            for values in ([p[1] for p in points], [p[2] for p in points])
+        )
+        place = lambda fd, s: (x0 + (fd - left) / (right - left) * w, y0 + h - (s - low) / (high - low) * h)  # noqa: E731
+        ink.rectangle((x0, y0, x0 + w, y0 + h), outline="#888888")
+        for label, (fd, fd_error), (s, s_error) in points:
+            color = "#d03030" if "dm" in label else "#1f4e9c"
+            ink.line([place(fd - fd_error, s), place(fd + fd_error, s)], fill=color)
+            ink.line([place(fd, s - s_error), place(fd, s + s_error)], fill=color)
+            x, y = place(fd, s)
+            ink.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+            ink.text((x + 6, y - 14), label, color)
+        ink.text((x0, y0 + h + 6), f"{left:.2f}", "black"), ink.text((x0 + w - 24, y0 + h + 6), f"{right:.2f}", "black")
+        ink.text((x0 - 30, y0 + h - 10), f"{low:.2f}", "black"), ink.text((x0 - 30, y0), f"{high:.2f}", "black")
+        ink.text((x0 + w / 2 - 100, y0 + h + 22), "FD to real scenes (lower is better)", "black")
+        ink.text((x0, y0 - 18), f"{title} (higher is better)", "black")
+
+    for i, (title, points) in enumerate(panels.items()):
+        draw_panel(title, points, 50 + i * (w + 80), 30)
     sheet.save(path)
 
 
@@ -464,11 +468,12 @@ def frontier(args):
     lines += score_table(rows, metadata, real)
     lines += ["", *difference_table([(f"{row['name']} − AC-DMD", row, rows[1]) for row in rows[2:]], real)]
     write_table(args.out / "frontier", lines, rows)
-    points = []
+    panels = {"GenEval strict": [], "CLIPScore": []}
     for row in rows:
         (fd, *_), (fd_error, *_) = distance_difference(row, None, real)
-        points.append((row["name"], (fd, fd_error), difference(row, None, "geneval_strict", real)))
-    draw_frontier(points, args.out / "frontier.png")
+        for points, column in zip(panels.values(), ("geneval_strict", "clipscore"), strict=True):
+            points.append((row["name"], (fd, fd_error), difference(row, None, column, real)))
+    draw_frontier(panels, args.out / "frontier.png")
     return ["frontier.md", "frontier.png"]
 
 
