@@ -31,12 +31,11 @@ TABLE = {  # pattern of a command -> flags that make it small (the last of two a
     r"tests/bench\.py --model": "a GPU",
     r"tests/bench_rewards\.py": "published sizes; test_rewards.py runs it on small networks",
     r"tests/bench\.py$": "minutes; test_backbones.py runs it on small networks",
-    r"--resume out/long/": "goes on with an hour's run; test_faults.py resumes",
+    r"--resume out/long_": "goes on with an hour's run; test_faults.py resumes",
     r"demo\.py": PARSE,  # test_scripts.py runs all of it
     r"pretrain\.py": PARSE,  # test_classroom.py runs all of it
     r"python acdmd\.py$": SMALL + "--steps 1 --out out/acdmd",
     r"python rtdmd\.py --distilled": SMALL + "--epochs 1 --batches 1 --group_size 2 --out out/rtdmd",
-    r"torchrun.* acdmd\.py --device cpu": SMALL + "--steps 1",
     r"torchrun.* rtdmd\.py --device cpu": SMALL + "--epochs 1 --batches 1 --group_size 2",
     r"python sample\.py .*--export": "",
     r"python sample\.py": "--n_images 1",
