@@ -342,10 +342,12 @@ def draw_curves(runs, path, width=420, height=230):
     return True
 
 
-def draw_frontier(panels, path, w=400, h=360):
-    """Rewards over FD with their standard errors. panels: {title: [(label, (FD, error), (reward, error))]}"""
-    sheet = Image.new("RGB", (len(panels) * (w + 80), h + 80), "white")
-    ink = ImageDraw.Draw(sheet)
+def draw_frontier(panels, path, w=330, h=330):
+    """Rewards over FD with their standard errors. panels: {title: [(label, (FD, error), (reward, error))]}, the same
+    labels in each; they stand once, at the right."""
+    sheet = Image.new("RGB", (len(panels) * (w + 80) + 170, h + 80), "white")
+    ink, n = ImageDraw.Draw(sheet), len(next(iter(panels.values())))
+    colors = [f"hsl({320 * i // n}, 80%, 42%)" for i in range(n)]
 
     def draw_panel(title, points, x0, y0):
         (left, right), (low, high) = (
@@ -354,13 +356,12 @@ def draw_frontier(panels, path, w=400, h=360):
         )
         place = lambda fd, s: (x0 + (fd - left) / (right - left) * w, y0 + h - (s - low) / (high - low) * h)  # noqa: E731
         ink.rectangle((x0, y0, x0 + w, y0 + h), outline="#888888")
-        for label, (fd, fd_error), (s, s_error) in points:
-            color = "#d03030" if "dm" in label else "#1f4e9c"
+        for (_, (fd, fd_error), (s, s_error)), color in zip(points, colors, strict=True):
             ink.line([place(fd - fd_error, s), place(fd + fd_error, s)], fill=color)
             ink.line([place(fd, s - s_error), place(fd, s + s_error)], fill=color)
+        for (_, (fd, _), (s, _)), color in zip(points, colors, strict=True):  # over all lines
             x, y = place(fd, s)
-            ink.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
-            ink.text((x + 6, y - 14), label, color)
+            ink.ellipse((x - 5, y - 5, x + 5, y + 5), fill=color)
         ink.text((x0, y0 + h + 6), f"{left:.2f}", "black"), ink.text((x0 + w - 24, y0 + h + 6), f"{right:.2f}", "black")
         ink.text((x0 - 30, y0 + h - 10), f"{low:.2f}", "black"), ink.text((x0 - 30, y0), f"{high:.2f}", "black")
         ink.text((x0 + w / 2 - 100, y0 + h + 22), "FD to real scenes (lower is better)", "black")
@@ -368,6 +369,9 @@ def draw_frontier(panels, path, w=400, h=360):
 
     for i, (title, points) in enumerate(panels.items()):
         draw_panel(title, points, 50 + i * (w + 80), 30)
+    for j, ((label, *_), color) in enumerate(zip(points, colors, strict=True)):
+        x, y = len(panels) * (w + 80) + 10, 40 + 24 * j
+        ink.ellipse((x - 5, y - 5, x + 5, y + 5), fill=color), ink.text((x + 12, y - 6), label, "black")
     sheet.save(path)
 
 
@@ -449,8 +453,11 @@ def ablations(args):
 
 def frontier(args):
     """Train stage 2 with several weights of the leash; what does a reward cost in distribution?"""
-    folders, roles = {"acdmd": args.distilled / "generator_ema"}, {"AC-DMD": ("acdmd",)}
+    folders = {"acdmd": args.distilled / "generator_ema"}
     require(*folders.values())
+    shipped = ROOT / "classroom" / "adapters"
+    folders |= {"long_1": shipped / "acdmd" / "generator_ema", "long_2": shipped / "rtdmd" / "rl_ema"}
+    roles = {"AC-DMD": ("acdmd",), "adapters/, 5,300 epochs": ("long_1", "long_2")}
     for i, weight in enumerate(FRONTIER):
         run = args.out / "frontier" / f"dm_{weight}"
         run_stage("rtdmd.py", args, run, "--dm_weight", weight, "--eval_every", 0)
