@@ -433,9 +433,7 @@ def test_the_frontiers_points_stand_where_their_numbers_are(tmp_path):
     inks = [ImageColor.getrgb(f"hsl({hue}, 80%, 42%)") for hue in (0, 106, 213)]
     for k, sign in enumerate((1, -1)):  # two panels of 330 pixels; dots and lines are symmetric about their point
         panel = pixels[:370, k * 410 + 50 : k * 410 + 380]
-        (xa, ya), (xb, yb), (xc, yc) = (
-            np.median(np.argwhere((panel == ink).all(-1))[:, ::-1], axis=0) for ink in inks
-        )
+        (xa, ya), (xb, yb), (xc, yc) = (np.median(np.argwhere((panel == ink).all(-1))[:, ::-1], axis=0) for ink in inks)
         assert xa < xc - 20 < xb - 40 and sign * ya < sign * yc - 20 < sign * yb - 40
 
 
