@@ -590,7 +590,7 @@ def parse_with_preset(p, presets, argv=None):
         p.error(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .json, .csv or .tsv)")
     if not args.eval_every and (args.eval_prompts or args.fd_reference):
         p.error("--eval_prompts and --fd_reference are of the evaluation during training: give --eval_every N too")
-    if args.resume and not args.resume.is_dir():  # before a folder of this name is made
+    if args.resume and not args.resume.is_dir():  # else the run would make this folder
         p.error(f"--resume {args.resume}: no such folder; give a run folder or one of its step_NNNNNN")
     if args.resume and args.out == p.get_default("out"):
         args.out = args.resume.parent if (args.resume / "state.pt").is_file() else args.resume

@@ -1148,7 +1148,7 @@ def add_reward_flags(p, unit):
     add("--eval_every", type=models.at_least(0), default=0, help=f"{unit} between scores of held-out prompts; 0: none")
     add("--eval_prompts", type=models.path, help="the held-out prompt file; the classroom has its own")
     add("--eval_rewards", type=parse_weights, default="clipscore", help="name,...: what they are scored by")
-    fd = "folder of pictures: eval/fd, Frechet distance to them in CLIP; under 500 it reads high"
+    fd = "folder of pictures: eval/fd, Frechet distance to them in CLIP; fewer than 500 read high"
     add("--fd_reference", type=models.path, help=fd)
 
 

@@ -343,35 +343,35 @@ def draw_curves(runs, path, width=420, height=230):
 
 
 def draw_frontier(panels, path, w=330, h=330):
-    """Rewards over FD with their standard errors. panels: {title: [(label, (FD, error), (reward, error))]}, the same
-    labels in each; they stand once, at the right."""
-    sheet = Image.new("RGB", (len(panels) * (w + 80) + 170, h + 80), "white")
-    ink, n = ImageDraw.Draw(sheet), len(next(iter(panels.values())))
-    colors = [f"hsl({320 * i // n}, 80%, 42%)" for i in range(n)]
+    """Rewards over FD, with standard errors. panels: {title: [(label, FD, its error, reward, its error)]}, the same
+    labels in each: they stand once, at the right."""
+    sheet = Image.new("RGB", (len(panels) * (w + 80) + 180, h + 80), "white")
+    ink, labels = ImageDraw.Draw(sheet), [label for label, *_ in next(iter(panels.values()))]
+    colors = [f"hsl({320 * i // len(labels)}, 80%, 42%)" for i in range(len(labels))]
 
-    def draw_panel(title, points, x0, y0):
-        (left, right), (low, high) = (
-            (min(v - e for v, e in values), max(v + e for v, e in values))
-            for values in ([p[1] for p in points], [p[2] for p in points])
-        )
-        place = lambda fd, s: (x0 + (fd - left) / (right - left) * w, y0 + h - (s - low) / (high - low) * h)  # noqa: E731
-        ink.rectangle((x0, y0, x0 + w, y0 + h), outline="#888888")
-        for (_, (fd, fd_error), (s, s_error)), color in zip(points, colors, strict=True):
-            ink.line([place(fd - fd_error, s), place(fd + fd_error, s)], fill=color)
-            ink.line([place(fd, s - s_error), place(fd, s + s_error)], fill=color)
-        for (_, (fd, _), (s, _)), color in zip(points, colors, strict=True):  # over all lines
-            x, y = place(fd, s)
-            ink.ellipse((x - 5, y - 5, x + 5, y + 5), fill=color)
-        ink.text((x0, y0 + h + 6), f"{left:.2f}", "black"), ink.text((x0 + w - 24, y0 + h + 6), f"{right:.2f}", "black")
-        ink.text((x0 - 30, y0 + h - 10), f"{low:.2f}", "black"), ink.text((x0 - 30, y0), f"{high:.2f}", "black")
-        ink.text((x0 + w / 2 - 100, y0 + h + 22), "FD to real scenes (lower is better)", "black")
-        ink.text((x0, y0 - 18), f"{title} (higher is better)", "black")
+    def dot(x, y, color):
+        ink.ellipse((x - 5, y - 5, x + 5, y + 5), fill=color)
 
     for i, (title, points) in enumerate(panels.items()):
-        draw_panel(title, points, 50 + i * (w + 80), 30)
-    for j, ((label, *_), color) in enumerate(zip(points, colors, strict=True)):
+        x0, y0 = 50 + i * (w + 80), 30
+        numbers = np.array([point[1:] for point in points])
+        value, error = numbers[:, ::2], numbers[:, 1::2]  # [N, 2]: FD, reward
+        low, high = (value - error).min(0), (value + error).max(0)
+        scale = (w, -h) / (high - low)  # pixels count downwards
+        marks = list(zip((x0, y0 + h) + (value - low) * scale, error * scale, colors, strict=True))
+        for (x, y), (dx, dy), color in marks:
+            ink.line((x - dx, y, x + dx, y), fill=color), ink.line((x, y - dy, x, y + dy), fill=color)
+        for (x, y), _, color in marks:  # over all lines
+            dot(x, y, color)
+        ink.rectangle((x0, y0, x0 + w, y0 + h), outline="#888888")
+        for k, (fd, reward) in enumerate((low, high)):
+            ink.text((x0 + k * (w - 24), y0 + h + 6), f"{fd:.2f}", "black")
+            ink.text((x0 - 30, y0 + (1 - k) * (h - 10)), f"{reward:.2f}", "black")
+        ink.text((x0 + w / 2 - 100, y0 + h + 22), "FD to real scenes (lower is better)", "black")
+        ink.text((x0, y0 - 18), f"{title} (higher is better)", "black")
+    for j, (label, color) in enumerate(zip(labels, colors, strict=True)):
         x, y = len(panels) * (w + 80) + 10, 40 + 24 * j
-        ink.ellipse((x - 5, y - 5, x + 5, y + 5), fill=color), ink.text((x + 12, y - 6), label, "black")
+        dot(x, y, color), ink.text((x + 12, y - 6), label, "black")
     sheet.save(path)
 
 
@@ -386,8 +386,7 @@ def require(*folders):
     """Name what is missing before anything is trained or sampled."""
     for folder in folders:
         if not folder.is_dir():
-            first = "run the stages acdmd and rtdmd first, or give --distilled and --rl"
-            raise models.UserError(f"{folder} does not exist: {first}")
+            raise models.UserError(f"{folder} does not exist: run the stages acdmd and rtdmd first")
 
 
 def load_adapters(folders):
@@ -398,13 +397,18 @@ def load_adapters(folders):
     return backbone, rewards.load_scorers(COLUMNS, "cpu", models.CLASSROOM)
 
 
+def compare(args, scorers, samplers):
+    """(rows, metadata, real): each sampler on the same --n_prompts captions and noise, and what it is measured by."""
+    metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
+    return [evaluate(scorers, metadata, *columns) for columns in samplers], metadata, truth(scorers, metadata)
+
+
 def report(args):
     """Sample and score teacher, AC-DMD and RTDMD; write the table and the pictures. Returns the files' names."""
     folders = {"acdmd": args.distilled / "generator_ema", "rtdmd": args.rl / "rl_ema"}
     require(*folders.values())
     backbone, scorers = load_adapters(folders)
     backbone.roles |= {"acdmd": ("acdmd",), "rtdmd": ("acdmd", "rtdmd")}
-    metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
     few, many, guidance = backbone.sigmas(), backbone.sigmas(28), models.BACKBONES["classroom"]["guidance"]
     samplers = [
         ("real scenes, another draw", 0, shapes.pictures),
@@ -414,8 +418,7 @@ def report(args):
         sampler(backbone, "AC-DMD, 4 CPS steps", "acdmd", few),
         sampler(backbone, "RTDMD, 4 CPS steps", "rtdmd", few),
     ]
-    rows = [evaluate(scorers, metadata, *columns) for columns in samplers]
-    real = truth(scorers, metadata)
+    rows, metadata, real = compare(args, scorers, samplers)
     draw_samples([r for r in rows[1:] if "Euler" not in r["name"]], metadata, args.out / "samples.png")
     logs = [("AC-DMD", args.distilled.parent / "log.jsonl", STAGE_1), ("RTDMD", args.rl.parent / "log.jsonl", STAGE_2)]
     curves = draw_curves(logs, args.out / "curves.png")
@@ -444,42 +447,42 @@ def ablations(args):
             folders[name], roles[f"RTDMD, {missing}"] = run / "final" / "rl_ema", ("acdmd", name)
     backbone, scorers = load_adapters(folders)
     backbone.roles |= roles
-    metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
-    rows = [evaluate(scorers, metadata, *sampler(backbone, role, role, backbone.sigmas())) for role in roles]
-    real = truth(scorers, metadata)
-    write_ablations(rows, metadata, real, args)
+    samplers = [sampler(backbone, role, role, backbone.sigmas()) for role in roles]
+    write_ablations(*compare(args, scorers, samplers), args)
     return ["ablations.md"]
 
 
 def frontier(args):
-    """Train stage 2 with several weights of the leash; what does a reward cost in distribution?"""
+    """Train stage 2 with several weights of the leash; write the table and the plot. Returns the files' names."""
     folders = {"acdmd": args.distilled / "generator_ema"}
     require(*folders.values())
     shipped = ROOT / "classroom" / "adapters"
-    folders |= {"long_1": shipped / "acdmd" / "generator_ema", "long_2": shipped / "rtdmd" / "rl_ema"}
-    roles = {"AC-DMD": ("acdmd",), "adapters/, 5,300 epochs": ("long_1", "long_2")}
-    for i, weight in enumerate(FRONTIER):
-        run = args.out / "frontier" / f"dm_{weight}"
-        run_stage("rtdmd.py", args, run, "--dm_weight", weight, "--eval_every", 0)
-        folders[f"rl_{i}"], roles[f"dm {weight}"] = run / "final" / "rl_ema", ("acdmd", f"rl_{i}")
+    folders |= {"shipped": shipped / "acdmd" / "generator_ema", "shipped_rl": shipped / "rtdmd" / "rl_ema"}
+    roles = {"AC-DMD": ("acdmd",), "classroom/adapters": ("shipped", "shipped_rl")}
+    for weight in FRONTIER:
+        run, name = args.out / "frontier" / f"dm_{weight}", f"--dm_weight {weight}"
+        run_stage("rtdmd.py", args, run, *name.split(), "--eval_every", 0)
+        rl = f"rl_{len(roles)}"
+        folders[rl], roles[name] = run / "final" / "rl_ema", ("acdmd", rl)
     backbone, scorers = load_adapters(folders)
     backbone.roles |= roles
     guided = backbone.sigmas(28), 0.0, models.BACKBONES["classroom"]["guidance"]
     samplers = [sampler(backbone, "teacher 28 steps guided", "teacher", *guided)]
     samplers += [sampler(backbone, name, name, backbone.sigmas()) for name in roles]
-    metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
-    rows = [evaluate(scorers, metadata, *columns) for columns in samplers]
-    real = truth(scorers, metadata)
+    rows, metadata, real = compare(args, scorers, samplers)
     epochs = json.loads((run / "args.json").read_text())["epochs"]
     lines = [f"# Stage 2, {epochs} epochs, with several --dm_weight: {len(metadata)} held-out prompts, same seeds", ""]
     lines += score_table(rows, metadata, real)
     lines += ["", *difference_table([(f"{row['name']} − AC-DMD", row, rows[1]) for row in rows[2:]], real)]
     write_table(args.out / "frontier", lines, rows)
-    panels = {"GenEval strict": [], "CLIPScore": []}
-    for row in rows:
-        (fd, *_), (fd_error, *_) = distance_difference(row, None, real)
-        for points, column in zip(panels.values(), ("geneval_strict", "clipscore"), strict=True):
-            points.append((row["name"], (fd, fd_error), difference(row, None, column, real)))
+    gaps = [distance_difference(row, None, real) for row in rows]
+    panels = {
+        title: [
+            (row["name"], fd[0], error[0], *difference(row, None, column, real))
+            for row, (fd, error) in zip(rows, gaps, strict=True)
+        ]
+        for title, column in (("GenEval strict", "geneval_strict"), ("CLIPScore", "clipscore"))
+    }
     draw_frontier(panels, args.out / "frontier.png")
     return ["frontier.md", "frontier.png"]
 

@@ -293,10 +293,10 @@ def plan(model, args):
     """Rows of the plan, one a stage: {term: GB}, "sum", "batch", the "largest" batch that fits, GPU "hours" in all."""
     one, two = acdmd.parse_args(["--model", model, "--prompts", __file__]), rtdmd.PRESETS[model]
     resolution = args.resolution or models.BACKBONES[model]["resolution"]
-    splits, found = args.offload_frozen or args.shard != "none", {}  # then auto is on
-    for checkpointing in (
-        (False, True) if args.checkpointing == "auto" and not splits else (args.checkpointing != "off",)
-    ):
+    splits = args.offload_frozen or args.shard != "none"  # then auto is on
+    open_ways = (False, True) if args.checkpointing == "auto" and not splits else (args.checkpointing != "off",)
+    found = {}
+    for checkpointing in open_ways:
         backbone = random_backbone(model, "meta", torch.bfloat16, resolution)
         for network in backbone.networks() if args.frozen_dtype else ():
             models.store_in_8_bits(network)
@@ -317,7 +317,7 @@ def plan(model, args):
         images = two["batch_size"] * two["batches"] * (stage == 2)  # an epoch's, whose latents stay on the GPU
         row["adapters"] += images * 5 * 4 * math.prod(backbone.latent_shape) / 1e9
         fixed = sum(row.values())
-        parts = {part.split(", ")[1]: part for part in found[True in found] if f"stage {stage}" in part}
+        parts = {part.split(", ")[1]: part for part in found[open_ways[0]] if f"stage {stage}" in part}
 
         def alive(n, recompute, parts=parts):
             """(GB at the peak with micro-batches of n, the part it is in)"""
@@ -327,10 +327,9 @@ def plan(model, args):
             return max((adapter + sizes[part] * (peak[part] - adapter), part) for part in parts)
 
         # auto, as models.needs_checkpointing: do the activations take over 70% of what is free?
-        keeps = False in found and (True not in found or alive(batch, False)[0] <= 0.7 * (args.gb - fixed))
-        row["checkpointing"] = not keeps
+        row["checkpointing"] = open_ways[0] or (True in found and alive(batch, False)[0] > 0.7 * (args.gb - fixed))
         row["activations"], row["in"] = alive(batch, row["checkpointing"])
-        fits = [n for n in range(1, 1025) if any(fixed + alive(n, how)[0] <= 0.9 * args.gb for how in found)]
+        fits = (n for n in range(1, 1025) if any(fixed + alive(n, how)[0] <= 0.9 * args.gb for how in found))
         largest = max(fits, default=0)
         work = {part: found[row["checkpointing"]][long][1] for part, long in parts.items()}
         if stage == 1:

@@ -31,12 +31,12 @@ TABLE = {  # pattern of a command -> flags that make it small (the last of two a
     r"tests/bench\.py --model": "a GPU",
     r"tests/bench_rewards\.py": "published sizes; test_rewards.py runs it on small networks",
     r"tests/bench\.py$": "minutes; test_backbones.py runs it on small networks",
-    r"--resume out/long_": "goes on with an hour's run; test_faults.py resumes",
+    r"--resume out/long_": PARSE,  # goes on with an hour's run; test_faults.py resumes
     r"demo\.py": PARSE,  # test_scripts.py runs all of it
     r"pretrain\.py": PARSE,  # test_classroom.py runs all of it
     r"python acdmd\.py$": SMALL + "--steps 1 --out out/acdmd",
     r"python rtdmd\.py --distilled": SMALL + "--epochs 1 --batches 1 --group_size 2 --out out/rtdmd",
-    r"torchrun.* rtdmd\.py --device cpu": SMALL + "--epochs 1 --batches 1 --group_size 2",
+    r"torchrun.* rtdmd\.py --device cpu": SMALL + "--epochs 1 --batches 1 --group_size 2 --out out/long",
     r"python sample\.py .*--export": "",
     r"python sample\.py": "--n_images 1",
     r"python rewards\.py": "--n 6",
@@ -79,6 +79,8 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "evaluation_metadata.jsonl").write_text(rows)
     for run in ("classroom/acdmd", "classroom/rtdmd", "sd35/acdmd"):
         shutil.copytree(ROOT / "classroom/adapters" / Path(run).name, tmp_path / "out" / run / "final")
+    for long in re.findall(r"--resume (out/long_\S+)", (ROOT / "classroom/README.md").read_text(encoding="utf-8")):
+        (tmp_path / long).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

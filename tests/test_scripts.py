@@ -415,26 +415,28 @@ def test_the_frontier_is_trained_and_drawn(tmp_path, monkeypatch):
     def run_stage(script, args, folder, *flags):  # what it trains; a run is as long as the preset's
         shutil.copytree(ROOT / "classroom/adapters/rtdmd", folder / "final")
         (folder / "args.json").write_text(json.dumps({"epochs": 7}))
-        assert (script, flags) == ("rtdmd.py", ("--dm_weight", float(folder.name[3:]), "--eval_every", 0))
+        assert (script, flags) == ("rtdmd.py", ("--dm_weight", folder.name[3:], "--eval_every", 0))
 
     monkeypatch.setattr(demo, "run_stage", run_stage)
     monkeypatch.setattr(demo, "FRONTIER", (0.1, 1.0))
     flags = ["--out", str(tmp_path), "--n_prompts", "12", "--distilled", str(ROOT / "classroom/adapters/acdmd")]
     demo.main(demo.parse_args([*flags, "--stages", "frontier"]))
     text = (tmp_path / "frontier.md").read_text()
-    assert "7 epochs" in text and "| dm 0.1 | 4 |" in text and "| dm 1.0 − AC-DMD |" in text
-    assert "| adapters/, 5,300 epochs | 4 |" in text and (tmp_path / "frontier.png").stat().st_size > 3_000
+    assert "7 epochs" in text and "| --dm_weight 0.1 | 4 |" in text and "| --dm_weight 1.0 − AC-DMD |" in text
+    assert "| classroom/adapters | 4 |" in text and (tmp_path / "frontier.png").is_file()
 
 
 def test_the_frontiers_points_stand_where_their_numbers_are(tmp_path):
-    points = [("a", (1.0, 0.5), (0.9, 0.02)), ("b", (2.0, 0.1), (0.7, 0.1)), ("c", (1.5, 0.2), (0.8, 0.1))]
-    demo.draw_frontier({"strict": points, "clip": [(n, fd, (-s, e)) for n, fd, (s, e) in points]}, tmp_path / "f.png")
+    points = [("a", 1.0, 0.5, 0.9, 0.02), ("b", 2.0, 0.1, 0.7, 0.1), ("c", 1.5, 0.2, 0.8, 0.1)]
+    upside_down = [(label, fd, fd_error, -reward, error) for label, fd, fd_error, reward, error in points]
+    demo.draw_frontier({"strict": points, "clip": upside_down}, tmp_path / "f.png")
     pixels = np.asarray(Image.open(tmp_path / "f.png").convert("RGB"))
     inks = [ImageColor.getrgb(f"hsl({hue}, 80%, 42%)") for hue in (0, 106, 213)]
     for k, sign in enumerate((1, -1)):  # two panels of 330 pixels; dots and lines are symmetric about their point
         panel = pixels[:370, k * 410 + 50 : k * 410 + 380]
         (xa, ya), (xb, yb), (xc, yc) = (np.median(np.argwhere((panel == ink).all(-1))[:, ::-1], axis=0) for ink in inks)
-        assert xa < xc - 20 < xb - 40 and sign * ya < sign * yc - 20 < sign * yb - 40
+        assert xa + 20 < xc < xb - 20
+        assert sign * ya + 20 < sign * yc < sign * yb - 20
 
 
 def test_curves_are_drawn_of_what_there_is(tmp_path):
