@@ -208,11 +208,13 @@ class Clip(nn.Module):
     def text(self, prompts):
         device = self.model.logit_scale.device
         new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
-        if new:
-            length = self.model.config.text_config.max_position_embeddings
-            tokens = self.tokenizer(new, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        length = self.model.config.text_config.max_position_embeddings
+        # a CPU takes one at a time: a resumed run has other neighbours, and rounding must not depend on them
+        at_once = 1 if device.type == "cpu" else max(1, len(new))
+        for part in (new[i : i + at_once] for i in range(0, len(new), at_once)):
+            tokens = self.tokenizer(part, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
             embeds = self.model.get_text_features(tokens.input_ids.to(device)).pooler_output
-            self.cache |= dict(zip(new, F.normalize(embeds, dim=-1).cpu(), strict=True))
+            self.cache |= dict(zip(part, F.normalize(embeds, dim=-1).cpu(), strict=True))
         return torch.stack([self.cache[p] for p in prompts]).to(device)
 
 

@@ -304,13 +304,13 @@ def of_one_image(gradient):
 def main(args):
     # set-up: run folder, prompts, rewards, networks and their adapters, optimisers
     run = models.Run(args, "epochs", __file__)
+    run.pin("distilled", [models.fingerprint(args.distilled / name) for name in ("generator_ema", "fake")])
     if run.finished:
         return
     per_rank = args.batch_size * args.batches
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**WEAK_TASKS)
     rewards.check_prompts(pairs, args.rewards, args.reward_dir)
     n_groups = rewards.count_groups(pairs, per_rank * run.world_size, args.group_size)
-    run.pin("distilled", [models.fingerprint(args.distilled / name) for name in ("generator_ema", "fake")])
     size = args.reward_batch_size or args.batch_size
     scorers = rewards.load_scorers(args.rewards, run.device, args.reward_dir, size, args.offload_rewards)
     run.heldout = rewards.HeldOut(args, run.device, scorers) if args.eval_every else None

@@ -60,8 +60,8 @@ def parse_args(argv=None):
     stages = ["acdmd", "rtdmd", "report"]
     more = "ablations: both stages without one part at a time; frontier: stage 2 with several weights of the leash"
     p.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "ablations", "frontier"], help=more)
-    p.add_argument("--acdmd_steps", type=int, help="iterations of stage 1 (default: acdmd.py's)")
-    p.add_argument("--rtdmd_epochs", type=int, help="epochs of stage 2 (default: rtdmd.py's)")
+    p.add_argument("--acdmd_steps", type=models.at_least(1), help="iterations of stage 1 (default: acdmd.py's)")
+    p.add_argument("--rtdmd_epochs", type=models.at_least(1), help="epochs of stage 2 (default: rtdmd.py's)")
     p.add_argument(
         "--processes", type=int, default=min(2, os.cpu_count() or 1), choices=[1, 2], help="of each training"
     )

@@ -1035,3 +1035,10 @@ def test_bad_input(flags, said, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         models.run(sample.main, sample.parse_args([*flags, "--device", "cpu"]))
     assert stopped.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_text_embedding_does_not_depend_on_its_neighbours():
+    """On a CPU: a resumed run, which embeds other prompts together, would differ in the last digit."""
+    prompts = [prompt for prompt, _ in rewards.classroom_prompts()[:16]]
+    together, alone = (rewards.Weights(models.CLASSROOM).clip() for _ in range(2))
+    assert torch.equal(together.text(prompts), torch.cat([alone.text([prompt]) for prompt in prompts]))
