@@ -1,9 +1,12 @@
 """Stage 2, RTDMD: reinforce the distilled 4-step generator on image rewards.
 
 Reward-tilted distribution matching, section 3 and appendices G-I of "Reinforcing Few-step Generators via Reward-Tilted
-Distribution Matching" (arXiv 2605.26108). KL(p_theta || p_psi exp(beta r) / Z) = distribution matching - beta E[r] +
-const. The leash is stage 1's L_G, weighed by dm_weight in place of 1 / beta. The reward's gradient has two parts,
-policy_weight's and bp_weight's, because the last of four steps is deterministic. An epoch:
+Distribution Matching" (arXiv 2605.26108). The target is the teacher's distribution tilted by the reward r:
+    KL(p_theta || p_psi exp(beta r) / Z) = E_theta[log p_theta - log p_psi - beta r] + log Z
+                                         = KL(p_theta || p_psi) - beta E_theta[r] + const
+The first term is stage 1's distribution matching, L_G; here it is the leash, and dm_weight takes the place of 1 / beta.
+A picture comes of three random steps and a deterministic one, so the gradient of E[r] has two parts: the random steps'
+log-probabilities times r (policy_weight), and dr/dx0 through the last step (bp_weight). An epoch:
 
 1. Choose C = 2 of the 3 stochastic steps (SubGRPO).
 2. Sample groups of K images a prompt, 4 CPS steps. Steps not chosen share one noise per prompt.
@@ -47,29 +50,38 @@ PRESETS = {
         reward_dir=models.CLASSROOM,
         group_size=12,
         batch_size=48,
-        batches=2,
-        epochs=90,
-        lr=1e-3,
+        batches=4,
+        epochs=200,
+        lr=1.5e-3,
         lr_fake=1e-3,
         lr_decay=0.5,
         init_std=1 / 32,
-        dm_weight=0.1,
-        bp_weight=0.1,
-        last_step_batch=24,
+        step_weights=(0.0, 2.0, 1.0),
+        dm_weight=0.02,
+        bp_weight=0.02,
+        last_step_batch=12,
         consistency_batch=8,
         ema_every=2,
         dtype="float32",
         out=Path("out/classroom/rtdmd"),
         distilled=Path("out/classroom/acdmd/final"),
         eval_rewards="geneval_strict,clipscore",
-        eval_every=45,
-        sample_every=45,
-        save_every=45,
+        eval_every=50,
+        sample_every=50,
+        save_every=50,
     ),
 }
 
 # how often the classroom's own prompts show a task type that stage 1 leaves weak; the others come once
 WEAK_TASKS = {"counting": 2, "two_object": 2, "position": 2, "color_attr": 2}
+
+
+def three_weights(text):
+    """A flag's type: three numbers of at least 0, one a stochastic step, such as 0,2.5,1."""
+    weights = tuple(map(between(0), text.split(",")))
+    if len(weights) != 3 or not any(weights):
+        raise models.UserError(f"{text}: must be three numbers, not all 0, such as 0,2.5,1: one a stochastic step")
+    return weights
 
 
 def parse_args(argv=None):
@@ -89,6 +101,8 @@ def parse_args(argv=None):
     add("--guidance_scale", type=between(0), help="of the teacher, classifier-free; 1 or less: none")
     add("--eta", type=between(0, 1), default=0.9, help="CPS stochasticity, above 0; paper: 0.9")
     add("--n_chosen", type=int, default=2, choices=[1, 2, 3], help="SubGRPO: trained stochastic steps; 3: ablation")
+    more = "of each stochastic step's policy gradient; 0: never chosen. Paper: 1,1,1"
+    add("--step_weights", type=three_weights, default=(1.0, 1.0, 1.0), help=more)
     add("--clip_range", type=between(0), default=1e-5, help="of the policy ratio; paper: 1e-5")
     add("--policy_weight", type=between(0), default=1.0, help="weight of the policy gradient; 0: ablation")
     add("--dm_weight", type=between(0), default=1e-3, help="weight of L_G; paper: 1e-3; 0: ablation without leash")
@@ -103,6 +117,8 @@ def parse_args(argv=None):
     args = models.parse_with_preset(p, PRESETS, argv)
     if args.eta == 0:
         p.error("--eta 0: the policy gradient needs noise; allowed is above 0 to 1, the paper uses 0.9")
+    if args.n_chosen > sum(map(bool, args.step_weights)):
+        p.error(f"--n_chosen {args.n_chosen}: --step_weights {args.step_weights} leaves fewer steps to choose from")
     if args.distilled is None:
         p.error("--distilled DIR is missing: the final/ folder of an acdmd.py run")
     for name in ("generator_ema", "fake"):
@@ -151,7 +167,9 @@ def has_signal(rewards, weights):
 def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advantage=5.0):
     """PPO's clipped loss mean(max(-A ratio, -A clip(ratio, 1 -+ clip_range))), ratio = exp(logp - logp_old).
 
-    Advantages count up to +-max_advantage.
+    An epoch has one optimiser step, so the ratio is 1 where its gradient is taken, and what runs is REINFORCE with the
+    group's mean as baseline: the gradient is -A dlogp. The clip answers to rounding alone: in float32 `ratio_drift`
+    stays near 1e-7 and `clip_fraction` at 0, in bf16 both show what rounding does. A counts up to +-max_advantage.
     """
     advantages = advantages.clamp(-max_advantage, max_advantage)
     ratio = (log_prob - old_log_prob).exp()
@@ -161,7 +179,8 @@ def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advanta
 def cps_log_prob(x_next, x, v, sigma, sigma_next, eta):
     """Log-probability of a stored step, constants dropped: -mean((x' - mu)^2) over all but the batch -> [B].
 
-    There is no 1/(2 rho^2): the published clip range and learning rates assume this scale.
+    There is no 1/(2 rho^2), rho = s' sin(eta pi/2): it would weigh small steps most, and the published clip range and
+    learning rates assume this scale.
     """
     return -(x_next.float() - cps_mean(x, v, sigma, sigma_next, eta)).square().flatten(1).mean(1)
 
@@ -354,7 +373,7 @@ def main(args):
         row = {"lr": decay * args.lr}
 
         # 1) choose steps
-        chosen = choose_steps(epoch, args.seed, tuple(range(last)), C)
+        chosen = choose_steps(epoch, args.seed, [j for j in range(last) if args.step_weights[j]], C)
         picked = pick_prompts(pairs, n_groups, seeded(args.seed, epoch, "prompts"))
         prompts, metadata = zip(*(picked[i // K] for i in mine), strict=True)
         backbone.remember(prompts)  # text encoders run here, once for all micro-batches
@@ -407,7 +426,9 @@ def main(args):
                 v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
                 log_prob = cps_log_prob(x[:, j + 1], x[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
                 loss = policy_loss(log_prob, old[:, j], A, args.clip_range)
-                (args.policy_weight * share * n_images / max(1, n_signal) * loss).backward()
+                # NOTE(paper): there steps weigh the same, which by their norms counts the last six times the first
+                weight = args.policy_weight * args.step_weights[j]
+                (weight * share * n_images / max(1, n_signal) * loss).backward()
                 drift = ((log_prob - old[:, j]).exp() - 1).abs()
                 clipped = (drift > args.clip_range).float().mean()
                 values = {"loss/policy": loss, "ratio_drift": drift.mean(), "clip_fraction": clipped}

@@ -1,19 +1,20 @@
 """The whole paper on a laptop: distil the classroom's teacher, reinforce the student, compare them all.
 
-    python classroom/demo.py                                             about 12 minutes on 2 cores
+    python classroom/demo.py                                             both stages and the report
+    python classroom/demo.py --quick                                     the same with shorter trainings
+    python classroom/demo.py --long                                      the long stage 2 that made classroom/adapters
 
-Runs acdmd.py and rtdmd.py (the commands are printed), then samples on the same held-out prompts and the same seeds: the
-teacher with 28 guided steps, the teacher with 4 (Euler, and CPS as the students), AC-DMD with 4, RTDMD with 4.
-Writes report.md, samples.png and curves.png to --out.
+Runs acdmd.py and rtdmd.py (the commands are printed), and after each of them samples on the same held-out captions and
+the same seeds: the teacher with 28 guided steps and with 4, and with 4 steps DMD2 (shipped adapter), AC-DMD, RTDMD.
+Writes report.md, samples.png, steps.gif and curves.png to --out.
 
-    python classroom/demo.py --stages ablations
+    python classroom/demo.py --stages ablations                          which part does it? after the first command
 
-trains each stage again without one part of the method, and writes to ablations.md what that costs: six trainings.
+trains the stages again without one part of the method each and writes ablations.md: what is lost without it.
 
-    python classroom/demo.py --stages frontier
+    python classroom/demo.py --stages summary --runs out/classroom out/s1 out/s2
 
-trains stage 2 with several weights of the leash, and writes to frontier.md and frontier.png what rewards cost: five
-trainings.
+means over runs of several --seed: summary.md, and rewards.png, the training reward of each ablation less the control's.
 """
 
 import json
@@ -41,16 +42,23 @@ from sample import generate  # noqa: E402
 COLUMNS = {"geneval_strict": 1.0, "geneval": 1.0, "clipscore": 1.0}
 HEAD = ["GenEval strict", "GenEval graded", "CLIPScore"]
 DISTANCES = ["FD", "colour TV", "cell TV"]
-# folder: the stage, its flag, and what is missing then
+TEACHER, FEW, DMD2 = "teacher, 28 steps guided", "teacher, 4 CPS steps", "DMD2"
+# folder: the stage, its flags, and what is missing then
+CONTROL = "no_reward"
 ABLATIONS = {
+    CONTROL: ("rtdmd.py", "--policy_weight 0 --bp_weight 0", "no reward (the control)"),
+    "no_policy": ("rtdmd.py", "--policy_weight 0", "no policy gradient"),
+    "no_backprop": ("rtdmd.py", "--bp_weight 0", "no reward back-propagation"),
+    "no_leash": ("rtdmd.py", "--dm_weight 0", "no distribution matching"),
+    "policy_alone": ("rtdmd.py", "--dm_weight 0 --bp_weight 0", "policy gradient alone (GRPO)"),
+    "backprop_alone": ("rtdmd.py", "--dm_weight 0 --policy_weight 0", "back-propagation alone (ReFL, DRaFT)"),
+    "all_steps": ("rtdmd.py", "--n_chosen 3 --step_weights 1,1,1", "all stochastic steps, alike"),
     "no_consistency": ("acdmd.py", "--gamma 0", "no consistency term"),
     "plain_dmd": ("acdmd.py", "--plain_dmd", "no sub-intervals"),
-    "all_steps": ("rtdmd.py", "--n_chosen 3", "all stochastic steps, no SubGRPO"),
-    "no_backprop": ("rtdmd.py", "--bp_weight 0", "no reward back-propagation"),
-    "no_matching": ("rtdmd.py", "--dm_weight 0", "no distribution matching"),
-    "no_policy": ("rtdmd.py", "--policy_weight 0", "no policy gradient"),
+    "dmd2": ("acdmd.py", "--plain_dmd --eta 1", "DMD2"),
 }
-FRONTIER = (0.01, 0.03, 0.1, 0.3, 1.0)  # --dm_weight
+QUICK = dict(acdmd_steps=200, rtdmd_epochs=40, n_prompts=300)
+LONG = dict(rtdmd_epochs=1500)
 
 
 def parse_args(argv=None):
@@ -58,21 +66,29 @@ def parse_args(argv=None):
     p.add_argument("--out", type=models.path, default=Path("out/classroom"), help="folder of both runs and the report")
     p.add_argument("--seed", type=int, default=0, help="of both trainings; the evaluation is fixed")
     stages = ["acdmd", "rtdmd", "report"]
-    more = "ablations: both stages without one part at a time; frontier: stage 2 with several weights of the leash"
-    p.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "ablations", "frontier"], help=more)
+    more = "ablations: both stages without one part at a time; summary: means over --runs"
+    p.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "ablations", "summary"], help=more)
+    p.add_argument("--quick", action="store_true", help="shorter trainings, fewer pictures: promises less")
+    p.add_argument("--long", action="store_true", help=f"{LONG['rtdmd_epochs']} epochs of stage 2")
     p.add_argument("--acdmd_steps", type=models.at_least(1), help="iterations of stage 1 (default: acdmd.py's)")
     p.add_argument("--rtdmd_epochs", type=models.at_least(1), help="epochs of stage 2 (default: rtdmd.py's)")
+    p.add_argument("--only", nargs="+", default=list(ABLATIONS), choices=ABLATIONS, help="of the ablations")
     p.add_argument(
         "--processes", type=int, default=min(2, os.cpu_count() or 1), choices=[1, 2], help="of each training"
     )
     p.add_argument("--n_prompts", type=int, default=600, help="held-out prompts of the comparison")
     p.add_argument("--distilled", type=models.path, help="stage 1's final folder (default: --out/acdmd/final)")
     p.add_argument("--rl", type=models.path, help="stage 2's final folder (default: --out/rtdmd/final)")
+    p.add_argument("--runs", type=models.path, nargs="+", default=[], help="of summary: --out of finished runs")
+    known, _ = p.parse_known_args(argv)
+    p.set_defaults(**(QUICK if known.quick else LONG if known.long else {}))
     args = p.parse_args(argv)
     if args.n_prompts < 12:
         p.error(f"--n_prompts {args.n_prompts}: at least 12, two for each task type")
     if "ablations" in args.stages and (args.distilled or args.rl):
         p.error("--stages ablations compares with the runs in --out: leave out --distilled and --rl")
+    if ("summary" in args.stages) != bool(args.runs):
+        p.error("--stages summary and --runs belong together: give the --out folders of runs with ablations")
     args.distilled = args.distilled or args.out / "acdmd" / "final"
     args.rl = args.rl or args.out / "rtdmd" / "final"
     return args
@@ -127,7 +143,7 @@ def run_stage(script, args, folder, *flags):
 # comparison
 
 
-def evaluate(scorers, metadata, name, nfe, draw):
+def evaluate(scorers, metadata, real, name, nfe, draw):
     """One row of the table: scores of every prompt, time, how varied the pictures are, and how they are distributed.
 
     draw(metadata, seed) makes a picture [3, 64, 64] of each caption, [N, 3, 64, 64] in [0, 1].
@@ -140,7 +156,8 @@ def evaluate(scorers, metadata, name, nfe, draw):
     groups = draw([m for m in few for _ in range(8)], 2).reshape(24, 8, -1)
     spread = torch.stack([torch.pdist(g).mean() / math.sqrt(g.shape[1]) for g in groups]).mean().item()
     row = {"name": name, "nfe": nfe, "ms": ms, "spread": spread, "scores": scores, "images": images}
-    return row | distribution(scorers, images, metadata)
+    row |= distribution(scorers, images, metadata)
+    return row | {"distances": distances(row, real).tolist()}
 
 
 def sampler(backbone, name, role, sigmas, eta=0.9, guidance_scale=1.0):
@@ -232,43 +249,9 @@ def difference_table(pairs, real):
     return lines
 
 
-def write_report(rows, metadata, real, args, curves):
-    lines = [f"# Teacher, AC-DMD, RTDMD: {len(metadata)} held-out prompts, same seeds", ""]
-    lines += score_table(rows, metadata, real)
-    lines += ["", "± is the standard error by bootstrap over captions, over pictures in tasks of one or two captions;"]
-    lines += ["task columns are strict. FD: Fréchet distance of the classroom CLIP's pooled image features to as many"]
-    lines += ["real scenes of the same captions. Colour TV: total variation, from theirs, of the colours that captions"]
-    lines += ["leave open; cell TV: of the objects' places."]
-    lines += ["Diversity: mean pixel distance of 8 pictures of one prompt."]
-    by_name = {row["name"].split(",")[0]: row for row in rows}
-    pairs = (("AC-DMD", "teacher 4 CPS steps"), ("RTDMD", "AC-DMD"), ("RTDMD", "teacher 28 steps guided"))
-    lines += ["", *difference_table([(f"{a} − {b}", by_name[a], by_name[b]) for a, b in pairs], real)]
-    lines += ["", "samples.png: a green frame where the judge finds the prompt fulfilled (strict), else a red one."]
-    drawn = "curves.png: thin lines the values, within their 1% and 99% quantiles; thick ones running means."
-    lines += [drawn if curves else "No curves: the adapters came without a log, or with one of fewer than two lines."]
-    write_table(args.out / "report", lines, rows)
-
-
-def write_ablations(rows, metadata, real, args):
-    lines = [f"# Without a part of the method: {len(metadata)} held-out prompts, same seeds", ""]
-    lines += score_table(rows, metadata, real)
-    by_name = {row["name"]: row for row in rows}
-    pairs = []
-    for script, flag, missing in ABLATIONS.values():
-        full = "AC-DMD" if script == "acdmd.py" else "RTDMD"
-        pairs.append((f"{full} `{flag}`: {missing}", by_name[f"{full}, {missing}"], by_name[full]))
-    lines += [
-        "",
-        "Without the part, minus the full method; one training run each:",
-        "",
-        *difference_table(pairs, real),
-    ]
-    write_table(args.out / "ablations", lines, rows)
-
-
 def write_table(path, lines, rows):
     """path.md, the lines; path.json, every prompt's scores."""
-    flat = [{k: row[k] for k in ("name", "nfe", "ms", "spread", "scores")} for row in rows]
+    flat = [{k: row[k] for k in ("name", "nfe", "ms", "spread", "distances", "scores")} for row in rows]
     for row in flat:
         row["scores"] = {c: v.tolist() for c, v in row["scores"].items()}
     path.with_suffix(".json").write_text(json.dumps(flat) + "\n")
@@ -277,36 +260,122 @@ def write_table(path, lines, rows):
     print("\n" + text)
 
 
+NOTES = """
+± is the standard error by bootstrap over captions, over pictures in tasks of one or two captions;
+task columns are strict. FD: Fréchet distance of the classroom CLIP's pooled image features to as many
+real scenes of the same captions. Colour TV: total variation, from theirs, of the colours that captions
+leave open; cell TV: of the objects' places. Diversity: mean pixel distance of 8 pictures of one prompt."""
+
+
+def rising(log, name="reward/geneval_strict"):
+    """Last fifth less first fifth of a column of a log: (first mean, last mean, standard error of their difference)."""
+    values = np.array([row[name] for row in map(json.loads, log.read_text().splitlines()) if name in row])
+    fifth = max(1, len(values) // 5)
+    first, last = values[:fifth], values[-fifth:]
+    return first.mean(), last.mean(), math.sqrt((first.var() + last.var()) / max(1, fifth - 1))
+
+
+def shown(by_name, real, log):
+    """The report's sentences: what the rewards did."""
+    gain, error = difference(by_name["RTDMD"], by_name["AC-DMD"], "geneval_strict", real)
+    over, over_error = difference(by_name["RTDMD"], by_name[TEACHER], "geneval_strict", real)
+    lines = [f"Stage 2 raises strict GenEval by {gain:+.3f} ± {error:.3f} over AC-DMD. Its 4 evaluations stand"]
+    lines += [f"{over:+.3f} ± {over_error:.3f} against the guided teacher's {by_name[TEACHER]['nfe']}."]
+    if log.is_file():
+        first, last, error = rising(log)
+        lines += [
+            f"The training reward (strict) went from {first:.3f} to {last:.3f} (fifths; difference ± {error:.3f})."
+        ]
+        lines += ["How much of that the rewards do: `--stages ablations`, whose control has none."]
+    return lines
+
+
+def write_report(rows, metadata, real, args):
+    by_name = {row["name"]: row for row in rows}
+    pairs = [("AC-DMD", FEW), ("AC-DMD", DMD2), ("RTDMD", "AC-DMD"), ("RTDMD", TEACHER)]
+    pairs = [(a, b) for a, b in pairs if a in by_name and b in by_name]
+    lines = [f"# {', '.join(by_name)}: {len(metadata)} held-out prompts, same seeds", ""]
+    lines += shown(by_name, real, args.rl.parent / "log.jsonl") + [""] if "RTDMD" in by_name else []
+    lines += score_table(rows, metadata, real)
+    lines += ["", *difference_table([(f"{a} − {b}", by_name[a], by_name[b]) for a, b in pairs], real), NOTES]
+    write_table(args.out / "report", lines, rows)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # pictures
 
 
-def draw_samples(rows, metadata, path, n=12, zoom=2):
-    """One line of pictures a sampler, prompts as column heads: two prompts of each task type."""
+def draw_samples(rows, metadata, path, n=12, columns=6, zoom=2):
+    """The first n captions, in bands of `columns`; in each band one line of pictures a sampler."""
     side, left, top = shapes.SIZE * zoom + 4, 150, 44
-    sheet = Image.new("RGB", (left + n * side, top + len(rows) * side), "white")
+    band = top + len(rows) * side
+    sheet = Image.new("RGB", (left + columns * side, -(-n // columns) * band), "white")
     ink = ImageDraw.Draw(sheet)
     for i in range(n):
+        x, y = left + i % columns * side, i // columns * band
         words, half = metadata[i]["prompt"].split(), (len(metadata[i]["prompt"].split()) + 1) // 2
-        ink.multiline_text((left + i * side + 2, 6), " ".join(words[:half]) + "\n" + " ".join(words[half:]), "black")
-    for j, row in enumerate(rows):
-        ink.multiline_text((6, top + j * side + 40), row["name"].replace(", ", "\n") + f"\n{row['nfe']} NFE", "black")
-        for i in range(n):
-            pixels = (row["images"][i] * 255).round().byte().permute(1, 2, 0).numpy()
-            size = (shapes.SIZE * zoom,) * 2
-            picture = Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
-            sheet.paste(picture, (left + i * side, top + j * side))
-            good = row["scores"]["geneval_strict"][i]
-            box = (left + i * side, top + j * side, left + i * side + size[0], top + j * side + size[1])
-            ink.rectangle(box, outline="#2a9d4a" if good else "#d03030", width=2)
+        ink.multiline_text((x + 2, y + 6), " ".join(words[:half]) + "\n" + " ".join(words[half:]), "black")
+        for j, row in enumerate(rows):
+            at = x, y + top + j * side
+            sheet.paste(enlarged(row["images"][i], zoom), at)
+            color = "#2a9d4a" if row["scores"]["geneval_strict"][i] else "#d03030"
+            ink.rectangle((*at, at[0] + side - 4, at[1] + side - 4), outline=color, width=2)
+            if i % columns == 0:
+                ink.multiline_text((6, at[1] + 40), row["name"].replace(", ", "\n") + f"\n{row['nfe']} NFE", "black")
     sheet.save(path)
 
 
-def draw_curves(runs, path, width=420, height=230):
-    """Curves of the log files: one panel a metric, thin line the values, thick line their running mean.
+def enlarged(image, zoom):
+    """[3, H, W] in [0, 1] as a PIL picture."""
+    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels).resize((pixels.shape[1] * zoom, pixels.shape[0] * zoom), Image.Resampling.NEAREST)
 
-    runs: [(title, log file, metrics)]. Files that are not there and metrics with one value are left out; returns
-    whether anything was left to draw.
+
+@torch.no_grad()
+def draw_steps(backbone, roles, metadata, path, n=6, zoom=2):
+    """An animation: what each role expects the picture to be (x0_hat) after each of the four CPS steps, same noise."""
+    prompts, sigmas = [m["prompt"] for m in metadata[:n]], backbone.sigmas()
+    cond, noise = backbone.encode(prompts), models.Noise("steps", range(n), backbone.latent_shape, backbone.device)
+    side, left, top = shapes.SIZE * zoom + 4, 80, 40
+    frames = [Image.new("RGB", (left + n * side, top + len(roles) * side), "white") for _ in sigmas[1:]]
+    for row, (name, role) in enumerate(roles.items()):
+        x = noise.normal("start")
+        for j, frame in enumerate(frames):
+            v = backbone.velocity(role, x, sigmas[j], cond)
+            images = backbone.decode(models.cps_step(x, v, sigmas[j], 0.0))
+            x = models.cps_step(x, v, sigmas[j], sigmas[j + 1], 0.9, noise.normal("step", j))
+            ink = ImageDraw.Draw(frame)
+            ink.text((4, 4), f"step {j + 1} of {len(frames)}", "black")
+            ink.text((4, top + row * side + 56), name, "black")
+            for i, image in enumerate(images):
+                words = prompts[i].split()
+                text = " ".join(words[: (len(words) + 1) // 2]) + "\n" + " ".join(words[(len(words) + 1) // 2 :])
+                ink.multiline_text((left + i * side + 2, 6), text, "black")
+                frame.paste(enlarged(image, zoom), (left + i * side, top + row * side))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[700, 700, 700, 2500], loop=0)
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing to files."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise models.UserError("the curves need a package: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def running_mean(y, span):
+    weight = np.convolve(np.ones_like(y), np.ones(span), "same")
+    return np.convolve(y, np.ones(span), "same") / weight
+
+
+def draw_curves(runs, path):
+    """Curves of log files, a panel a metric: thin the values, thick their running mean. Returns whether any was drawn.
+
+    runs: [(title, log file, metrics)]. Files that are not there and metrics with one value are left out.
     """
     panels = []
     for title, file, names in runs:
@@ -316,70 +385,30 @@ def draw_curves(runs, path, width=420, height=230):
         for name in names:
             points = [(row["step"], row[name]) for row in log if name in row]
             if len(points) > 1:
-                panels.append((f"{title}: {name}", *np.array(points).T))
+                panels.append((f"{title}: {name}", *np.array(points, float).T))
     if not panels:
         return False
-    columns = 4
-    sheet = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
-    ink = ImageDraw.Draw(sheet)
-    for i, (title, x, y) in enumerate(panels):
-        x0, y0 = (i % columns) * width + 64, (i // columns) * height + 30
-        w, h = width - 84, height - 66
+    figure, axes = pyplot().subplots(-(-len(panels) // 4), 4, figsize=(16, 2.6 * -(-len(panels) // 4)), squeeze=False)
+    for axis, (title, x, y) in zip(axes.flat, panels, strict=False):
+        axis.plot(x, y, color="#b8c7e0", marker="o" if len(x) < 8 else None)
+        axis.plot(x, running_mean(y, max(1, min(len(y) // 3, max(3, len(y) // 15)))), color="#1f4e9c", linewidth=2)
         low, high = np.quantile(y, [0.01, 0.99])
-        low, high = (low, high) if high > low else (low - 1, high + 1)
-        span = max(1, min(len(y) // 3, max(3, len(y) // 15)))
-        weight = np.convolve(np.ones_like(y), np.ones(span), "same")
-        smooth = np.convolve(y, np.ones(span), "same") / weight
-        px = x0 + (x - x[0]) / (x[-1] - x[0]) * w
-        for values, color, thick in ((y, "#b8c7e0", 1), (smooth, "#1f4e9c", 2)):
-            py = y0 + h - (np.clip(values, low, high) - low) / (high - low) * h
-            ink.line(list(zip(px, py, strict=True)), fill=color, width=thick)
-        ink.rectangle((x0, y0, x0 + w, y0 + h), outline="#888888")
-        ink.text((x0, y0 - 18), title, "black")
-        ink.text((x0 - 58, y0 - 4), f"{high:.3g}", "black"), ink.text((x0 - 58, y0 + h - 10), f"{low:.3g}", "black")
-        ink.text((x0, y0 + h + 4), f"{x[0]:.0f}", "black"), ink.text((x0 + w - 30, y0 + h + 4), f"{x[-1]:.0f}", "black")
-    sheet.save(path)
+        axis.set(title=title, ylim=(low, high) if high > low else None)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
     return True
 
 
-def draw_frontier(panels, path, w=330, h=330):
-    """Rewards over FD, with standard errors. panels: {title: [(label, FD, its error, reward, its error)]}, the same
-    labels in each: they stand once, at the right."""
-    sheet = Image.new("RGB", (len(panels) * (w + 80) + 180, h + 80), "white")
-    ink, labels = ImageDraw.Draw(sheet), [label for label, *_ in next(iter(panels.values()))]
-    colors = [f"hsl({320 * i // len(labels)}, 80%, 42%)" for i in range(len(labels))]
-
-    def dot(x, y, color):
-        ink.ellipse((x - 5, y - 5, x + 5, y + 5), fill=color)
-
-    for i, (title, points) in enumerate(panels.items()):
-        x0, y0 = 50 + i * (w + 80), 30
-        numbers = np.array([point[1:] for point in points])
-        value, error = numbers[:, ::2], numbers[:, 1::2]  # [N, 2]: FD, reward
-        low, high = (value - error).min(0), (value + error).max(0)
-        scale = (w, -h) / (high - low)  # pixels count downwards
-        marks = list(zip((x0, y0 + h) + (value - low) * scale, error * scale, colors, strict=True))
-        for (x, y), (dx, dy), color in marks:
-            ink.line((x - dx, y, x + dx, y), fill=color), ink.line((x, y - dy, x, y + dy), fill=color)
-        for (x, y), _, color in marks:  # over all lines
-            dot(x, y, color)
-        ink.rectangle((x0, y0, x0 + w, y0 + h), outline="#888888")
-        for k, (fd, reward) in enumerate((low, high)):
-            ink.text((x0 + k * (w - 24), y0 + h + 6), f"{fd:.2f}", "black")
-            ink.text((x0 - 30, y0 + (1 - k) * (h - 10)), f"{reward:.2f}", "black")
-        ink.text((x0 + w / 2 - 100, y0 + h + 22), "FD to real scenes (lower is better)", "black")
-        ink.text((x0, y0 - 18), f"{title} (higher is better)", "black")
-    for j, (label, color) in enumerate(zip(labels, colors, strict=True)):
-        x, y = len(panels) * (w + 80) + 10, 40 + 24 * j
-        dot(x, y, color), ink.text((x + 12, y - 6), label, "black")
-    sheet.save(path)
-
-
 STAGE_1 = [f"loss/ac_k{k}" for k in (1, 2, 3, 4)] + ["loss/generator_k4"]
-STAGE_1 += ["loss/cons", "grad_norm/generator", "eval/geneval_strict", "eval/clipscore", "eval/fd"]
-STAGE_2 = ["eval/geneval_strict", "eval/clipscore", "eval/fd", "reward/geneval_strict"]
-STAGE_2 += ["group_std/geneval_strict", "loss/dm", "loss/ac"]
-STAGE_2 += ["grad_norm/generator", "grad_x0/dm", "grad_x0/bp"]
+STAGE_1 += ["loss/cons", "eval/geneval_strict", "eval/fd"]
+STAGE_2 = ["reward/geneval_strict", "reward/clipscore", "eval/geneval_strict", "eval/fd"]
+STAGE_2 += ["group_std/geneval_strict", "grad_norm/generator", "grad_x0/dm", "grad_x0/bp"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# report and ablations of one run
 
 
 def require(*folders):
@@ -397,33 +426,36 @@ def load_adapters(folders):
     return backbone, rewards.load_scorers(COLUMNS, "cpu", models.CLASSROOM)
 
 
-def compare(args, scorers, samplers):
-    """(rows, metadata, real): each sampler on the same --n_prompts captions and noise, and what it is measured by."""
-    metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
-    return [evaluate(scorers, metadata, *columns) for columns in samplers], metadata, truth(scorers, metadata)
+def report(args, rows=()):
+    """Sample and score teacher, DMD2, AC-DMD and, where stage 2 has ended, RTDMD; write the table and the pictures.
 
-
-def report(args):
-    """Sample and score teacher, AC-DMD and RTDMD; write the table and the pictures. Returns the files' names."""
-    folders = {"acdmd": args.distilled / "generator_ema", "rtdmd": args.rl / "rl_ema"}
+    rows: those of an earlier report, not sampled again. Returns (names of the files, rows).
+    """
+    folders = {"acdmd": args.distilled / "generator_ema", "dmd2": models.CLASSROOM / "adapters/dmd2/generator_ema"}
+    roles = {DMD2: ("dmd2",), "AC-DMD": ("acdmd",)}
+    if args.rl.is_dir():
+        folders["rtdmd"], roles["RTDMD"] = args.rl / "rl_ema", ("acdmd", "rtdmd")
     require(*folders.values())
     backbone, scorers = load_adapters(folders)
-    backbone.roles |= {"acdmd": ("acdmd",), "rtdmd": ("acdmd", "rtdmd")}
+    backbone.roles |= roles
     few, many, guidance = backbone.sigmas(), backbone.sigmas(28), models.BACKBONES["classroom"]["guidance"]
     samplers = [
         ("real scenes, another draw", 0, shapes.pictures),
-        sampler(backbone, "teacher 28 steps guided", "teacher", many, 0.0, guidance),
-        sampler(backbone, "teacher 4 Euler steps", "teacher", few, 0.0),
-        sampler(backbone, "teacher 4 CPS steps", "teacher", few),
-        sampler(backbone, "AC-DMD, 4 CPS steps", "acdmd", few),
-        sampler(backbone, "RTDMD, 4 CPS steps", "rtdmd", few),
+        sampler(backbone, TEACHER, "teacher", many, 0.0, guidance),
+        sampler(backbone, FEW, "teacher", few),
+        sampler(backbone, DMD2, DMD2, few, eta=1.0),
+        *(sampler(backbone, name, name, few) for name in roles if name != DMD2),
     ]
-    rows, metadata, real = compare(args, scorers, samplers)
-    draw_samples([r for r in rows[1:] if "Euler" not in r["name"]], metadata, args.out / "samples.png")
+    metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
+    real, done = truth(scorers, metadata), {row["name"]: row for row in rows}
+    rows = [done.get(columns[0]) or evaluate(scorers, metadata, real, *columns) for columns in samplers]
+    write_report(rows, metadata, real, args)
+    draw_samples([row for row in rows[1:] if row["name"] != DMD2], metadata, args.out / "samples.png")
+    shown = {"teacher": "teacher"} | {name: name for name in roles if name != DMD2}
+    draw_steps(backbone, shown, metadata, args.out / "steps.gif")
     logs = [("AC-DMD", args.distilled.parent / "log.jsonl", STAGE_1), ("RTDMD", args.rl.parent / "log.jsonl", STAGE_2)]
     curves = draw_curves(logs, args.out / "curves.png")
-    write_report(rows, metadata, real, args, curves)
-    return ["report.md", "samples.png"] + (["curves.png"] if curves else [])
+    return ["report.md", "samples.png", "steps.gif"] + (["curves.png"] if curves else []), rows
 
 
 def ablations(args):
@@ -437,67 +469,148 @@ def ablations(args):
             raise models.UserError(f"{run} has {was[length]} {length}: add --{stage.__name__}_{length} {was[length]}")
         if was["seed"] != args.seed:
             raise models.UserError(f"{run} has seed {was['seed']}: add --seed {was['seed']}")
-    roles = {"AC-DMD": ("acdmd",), "RTDMD": ("acdmd", "rtdmd")}
-    for name, (script, flag, missing) in ABLATIONS.items():
+    roles, eta = {"AC-DMD": ("acdmd",), "RTDMD": ("acdmd", "rtdmd")}, {}
+    for name in args.only:
+        script, flags, missing = ABLATIONS[name]
         run = args.out / "ablations" / name
-        run_stage(script, args, run, *flag.split(), "--eval_every", 0)
+        run_stage(script, args, run, *flags.split(), "--eval_every", 0)
         if script == "acdmd.py":
             folders[name], roles[f"AC-DMD, {missing}"] = run / "final" / "generator_ema", (name,)
+            eta[f"AC-DMD, {missing}"] = json.loads((run / "args.json").read_text())["eta"]
         else:
             folders[name], roles[f"RTDMD, {missing}"] = run / "final" / "rl_ema", ("acdmd", name)
     backbone, scorers = load_adapters(folders)
     backbone.roles |= roles
-    samplers = [sampler(backbone, role, role, backbone.sigmas()) for role in roles]
-    write_ablations(*compare(args, scorers, samplers), args)
+    metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
+    real = truth(scorers, metadata)
+    samplers = [sampler(backbone, role, role, backbone.sigmas(), eta.get(role, 0.9)) for role in roles]
+    rows = [evaluate(scorers, metadata, real, *columns) for columns in samplers]
+    lines = [f"# Without a part of the method: {len(metadata)} held-out prompts, same seeds", ""]
+    lines += score_table(rows, metadata, real)
+    by_name, pairs = {row["name"]: row for row in rows}, []
+    for full, name, flags in labels(args.only):
+        pairs.append((f"{name} `{flags}`", by_name[name], by_name[full]))
+    lines += ["", "Without the part, minus the full method; one training run each:", ""]
+    write_table(args.out / "ablations", [*lines, *difference_table(pairs, real)], rows)
     return ["ablations.md"]
 
 
-def frontier(args):
-    """Train stage 2 with several weights of the leash; write the table and the plot. Returns the files' names."""
-    folders = {"acdmd": args.distilled / "generator_ema"}
-    require(*folders.values())
-    shipped = ROOT / "classroom" / "adapters"
-    folders |= {"shipped": shipped / "acdmd" / "generator_ema", "shipped_rl": shipped / "rtdmd" / "rl_ema"}
-    roles = {"AC-DMD": ("acdmd",), "classroom/adapters": ("shipped", "shipped_rl")}
-    for weight in FRONTIER:
-        run, name = args.out / "frontier" / f"dm_{weight}", f"--dm_weight {weight}"
-        run_stage("rtdmd.py", args, run, *name.split(), "--eval_every", 0)
-        rl = f"rl_{len(roles)}"
-        folders[rl], roles[name] = run / "final" / "rl_ema", ("acdmd", rl)
-    backbone, scorers = load_adapters(folders)
-    backbone.roles |= roles
-    guided = backbone.sigmas(28), 0.0, models.BACKBONES["classroom"]["guidance"]
-    samplers = [sampler(backbone, "teacher 28 steps guided", "teacher", *guided)]
-    samplers += [sampler(backbone, name, name, backbone.sigmas()) for name in roles]
-    rows, metadata, real = compare(args, scorers, samplers)
-    epochs = json.loads((run / "args.json").read_text())["epochs"]
-    lines = [f"# Stage 2, {epochs} epochs, with several --dm_weight: {len(metadata)} held-out prompts, same seeds", ""]
-    lines += score_table(rows, metadata, real)
-    lines += ["", *difference_table([(f"{row['name']} − AC-DMD", row, rows[1]) for row in rows[2:]], real)]
-    write_table(args.out / "frontier", lines, rows)
-    gaps = [distance_difference(row, None, real) for row in rows]
-    panels = {
-        title: [
-            (row["name"], fd[0], error[0], *difference(row, None, column, real))
-            for row, (fd, error) in zip(rows, gaps, strict=True)
-        ]
-        for title, column in (("GenEval strict", "geneval_strict"), ("CLIPScore", "clipscore"))
-    }
-    draw_frontier(panels, args.out / "frontier.png")
-    return ["frontier.md", "frontier.png"]
+def labels(names):
+    """(the full method's row, the ablation's row, its flags) of each."""
+    for script, flags, missing in (ABLATIONS[name] for name in names):
+        full = "AC-DMD" if script == "acdmd.py" else "RTDMD"
+        yield full, f"{full}, {missing}", flags
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# summary of several runs
+
+
+def summary(args):
+    """Means over runs of several seeds, each with its report and ablations: the table, and the rewards' figure."""
+    runs = []
+    for run in args.runs:
+        missing = [name for name in ("report.json", "ablations.json") if not (run / name).is_file()]
+        if missing:
+            raise models.UserError(
+                f"--runs {run} has no {missing[0]}: run demo.py --out {run}, then --stages ablations"
+            )
+        rows = [row for name in ("report", "ablations") for row in json.loads((run / f"{name}.json").read_text())]
+        runs.append({row["name"]: row for row in rows})
+    common = [name for name in runs[0] if all(name in run for run in runs)]
+    metadata = shapes.sample_prompts(len(runs[0]["AC-DMD"]["scores"]["clipscore"]), 0, "test")
+    draws = resamples(metadata, 500)
+    head = ["sampler", "GenEval strict", "CLIPScore", *DISTANCES]
+    lines = [f"# Means of {len(runs)} runs: " + ", ".join(map(str, args.runs)), ""]
+    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in common:
+        lines.append(f"| {name} | " + " | ".join(over_runs(runs, name, None, draws)) + " |")
+    pairs = [("RTDMD", "AC-DMD"), ("RTDMD", TEACHER), ("AC-DMD", DMD2)]
+    pairs += [(name, full) for full, name, _ in labels(ABLATIONS) if name in common]
+    lines += ["", "| paired difference | " + " | ".join(head[1:]) + " |", "|---" * len(head) + "|"]
+    for a, b in pairs:
+        lines.append(f"| {a} − {b} | " + " | ".join(over_runs(runs, a, b, draws)) + " |")
+    lines += ["", "±: standard errors over runs and, of GenEval and CLIPScore, over captions, added as squares."]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    return ["summary.md"] + (["rewards.png"] if draw_rewards(reward_gaps(args.runs), args.out / "rewards.png") else [])
+
+
+def over_runs(runs, a, b, draws):
+    """Cells "mean ± error" of row a, less row b of the same run where there is one."""
+    cells, sign = [], "+" if b else ""
+    for column in ("geneval_strict", "clipscore"):
+        gaps = np.array(
+            [np.array(r[a]["scores"][column]) - (np.array(r[b]["scores"][column]) if b else 0) for r in runs]
+        )
+        over_captions = np.std([gaps.mean(0)[picks].mean() for picks in draws])
+        cells.append((gaps.mean(), math.hypot(error_of_mean(gaps.mean(1)), over_captions)))
+    gaps = np.array([np.array(r[a]["distances"]) - (np.array(r[b]["distances"]) if b else 0) for r in runs])
+    cells += zip(gaps.mean(0), map(error_of_mean, gaps.T), strict=True)
+    return [f"{mean:{sign}.3f} ± {error:.3f}" for mean, error in cells]
+
+
+def error_of_mean(values):
+    return np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def reward_gaps(runs, name="reward/geneval_strict", blocks=12):
+    """{what: (images, means, errors)} of the training reward less the control's on the same prompts and noise.
+
+    Means over runs and blocks of epochs; errors are of a block's paired differences. The control itself is left out.
+    """
+    variants = {"RTDMD": "rtdmd"}
+    variants |= {ABLATIONS[n][2]: f"ablations/{n}" for n in ABLATIONS if ABLATIONS[n][0] == "rtdmd.py" and n != CONTROL}
+
+    def rewards_of(file):
+        rows = map(json.loads, file.read_text().splitlines())
+        return np.array([row[name] for row in rows if name in row])
+
+    settings, gaps = json.loads((runs[0] / "rtdmd" / "args.json").read_text()), {}
+    per_epoch = settings["batch_size"] * settings["batches"] * settings["world size"]
+    for title, folder in variants.items():
+        pairs = [(run / folder / "log.jsonl", run / "ablations" / CONTROL / "log.jsonl") for run in runs]
+        pairs = [(rewards_of(a), rewards_of(b)) for a, b in pairs if a.is_file() and b.is_file()]
+        if pairs:
+            n = min(len(log) for pair in pairs for log in pair)
+            gap = np.array([a[:n] - b[:n] for a, b in pairs])
+            parts = [gap[:, p] for p in np.array_split(np.arange(n), min(blocks, max(1, n // 2)))]
+            images = per_epoch * (np.cumsum([p.shape[1] for p in parts]) - parts[0].shape[1] / 2)
+            gaps[title] = images, [p.mean() for p in parts], [p.std() / math.sqrt(max(1, p.size - 1)) for p in parts]
+    return gaps
+
+
+def draw_rewards(gaps, path):
+    """The figure of `reward_gaps`; returns whether there was anything to draw."""
+    figure, axis = pyplot().subplots(figsize=(9, 5))
+    for title, (images, means, errors) in gaps.items():
+        axis.errorbar(images, means, errors, label=title, capsize=2)
+    axis.axhline(0, color="black", linewidth=1, label="the control: no reward")
+    axis.set(xlabel="images", ylabel="training reward (strict GenEval) less the control's")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    return bool(gaps)
 
 
 def main(args):
-    start = time.perf_counter()
+    start, rows = time.perf_counter(), ()
     with models.named_failure(f"cannot write to --out {args.out}"):
         args.out.mkdir(parents=True, exist_ok=True)
+    files = []
     if "acdmd" in args.stages:
         run_stage("acdmd.py", args, args.out / "acdmd")
+        if {"rtdmd", "report"} <= set(args.stages) and not args.rl.is_dir():  # see stage 1's result now
+            files, rows = report(args)
+            print(
+                f"{args.out}/{', '.join(files)} after {(time.perf_counter() - start) / 60:.1f} minutes; stage 2 follows"
+            )
     if "rtdmd" in args.stages:
         run_stage("rtdmd.py", args, args.out / "rtdmd")
-    files = report(args) if "report" in args.stages else []
+    files = report(args, rows)[0] if "report" in args.stages else []
     files += ablations(args) if "ablations" in args.stages else []
-    files += frontier(args) if "frontier" in args.stages else []
+    files += summary(args) if "summary" in args.stages else []
     if files:
         print(f"{args.out}/{', '.join(files)}; {(time.perf_counter() - start) / 60:.1f} minutes in all")
 

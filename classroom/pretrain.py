@@ -12,7 +12,6 @@ Writes classroom/teacher/ (a complete StableDiffusion3Pipeline folder) and class
 Only "train" captions are used (see shapes.py); the scores printed at the end are on held-out ones.
 """
 
-import argparse
 import json
 import math
 import os
@@ -54,17 +53,17 @@ def parse_args(argv=None):
     p.add_argument("--out", type=models.path, default=HERE, help="folder that receives teacher/ and clip/")
     p.add_argument("--vae_steps", type=at_least(1), default=1200, help="batches of 32 images")
     p.add_argument("--clip_steps", type=at_least(1), default=500, help="batches of 192 image-caption pairs")
-    p.add_argument("--teacher_steps", type=at_least(1), default=2400, help="global batches of 96 latents")
-    p.add_argument("--n_latents", type=at_least(1), default=36000, help="the teacher's training images, in 500s")
+    p.add_argument("--teacher_steps", type=at_least(1), default=4000, help="global batches of 96 latents")
+    p.add_argument("--n_latents", type=at_least(1), default=36000, help="the teacher's training images")
     p.add_argument("--n_prompts", type=at_least(6), default=600, help="pictures that score the VAE and the teacher")
     p.add_argument("--seed", type=at_least(0), default=0, help="covers data, initial weights and noise")
     return p.parse_args(argv)
 
 
-def batch_of(n, rng, **task_weights):
+def batch_of(n, rng, draw=shapes.scene, **task_weights):
     """n captioned pictures: (metadata list, images float [n, 3, 64, 64] in [0, 1])."""
     metadata = shapes.sample_prompts(n, rng.integers(2**31), task_weights=task_weights)
-    return metadata, to_tensor(shapes.render([shapes.scene(m, rng) for m in metadata], rng))
+    return metadata, to_tensor(shapes.render([draw(m, rng) for m in metadata], rng))
 
 
 def to_tensor(images):
@@ -165,9 +164,8 @@ def parse_of(metadata):
     first, second = (metadata["include"] + [{}])[:2]
     sides = dict.fromkeys(shapes.RELATIONS, {})
     if "position" in second:
-        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
         relation = second["position"][0]
-        sides[relation], sides[opposite[relation]] = second, first
+        sides[relation], sides[shapes.OPPOSITE[relation]] = second, first
     whole = [shapes.TASKS.index(metadata["tag"]), first["count"], *code(first), *code(second)]
     return whole, [code(need) for need in sides.values()]
 
@@ -283,9 +281,41 @@ def clip_report(clip, tokenizer, rng):
 # 3. teacher
 
 
+class Muon:
+    """Momentum whose updates are made orthogonal, for matrices (https://kellerjordan.github.io/posts/muon/).
+
+    torch.optim.Muon multiplies in bfloat16, which a CPU without the instructions does thirty times slower.
+    """
+
+    def __init__(self, matrices):
+        self.alike = {}  # shape -> its matrices, which are orthogonalised together, and their momenta
+        for p in matrices:
+            self.alike.setdefault(p.shape, []).append(p)
+        self.momenta = {shape: torch.zeros(len(group), *shape) for shape, group in self.alike.items()}
+
+    @torch.no_grad()
+    def step(self, lr):
+        for (rows, columns), group in self.alike.items():
+            grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in group])
+            momentum = self.momenta[group[0].shape].lerp_(grad, 0.05)
+            update = orthogonal(grad.lerp(momentum, 0.95)) * math.sqrt(max(1, rows / columns))
+            torch._foreach_add_(group, list(update), alpha=-lr)
+
+
+def orthogonal(x):
+    """Newton-Schulz iteration on matrices [N, rows, columns]: singular values go to about 1, directions stay."""
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonal(x.mT).mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x
+
+
 @torch.no_grad()
-def encode_data(args, rng):
-    """Latents [N, 4, 8, 8], caption index [N], and the embeddings of every training caption (the last row: "")."""
+def encode_data(args, rng, n, draw):
+    """n latents [N, 4, 8, 8], caption index [N], and the embeddings of every training caption (the last row: "")."""
     folder = args.out / "teacher"
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
     towers = [
@@ -299,8 +329,8 @@ def encode_data(args, rng):
     pooled = torch.cat([o.text_embeds for o in outputs], -1)
     latents, index = [], []
     row = {prompt: i for i, prompt in enumerate(prompts)}
-    for _ in tqdm(range(-(-args.n_latents // 500)), "encode"):
-        metadata, images = batch_of(500, rng, position=2.5, counting=1.5)  # the hard ones more often
+    for _ in tqdm(range(-(-n // 500)), "encode"):
+        metadata, images = batch_of(500, rng, draw, position=4, counting=1.5)  # the hard ones more often
         z = vae.encode(images * 2 - 1).latent_dist.mean
         latents.append((z - vae.config.shift_factor) * vae.config.scaling_factor)
         index += [row[m["prompt"]] for m in metadata]
@@ -324,23 +354,24 @@ def train_teacher(args, rank, world_size):
         qk_norm="rms_norm",
     )
     rng = np.random.default_rng([args.seed, 2, rank])
-    data = argparse.Namespace(**vars(args))
-    data.n_latents = args.n_latents // world_size
-    latents, index, embeds, pooled = encode_data(data, rng)
+    n = args.n_latents // world_size // 2
+    # first captions tell the truth, so that all words are learned; then they are unreliable
+    halves = [encode_data(args, rng, n, draw) for draw in (shapes.scene, shapes.unreliable_scene)]
     matrices = [
         p for n, p in model.named_parameters() if n.startswith("transformer_blocks") and p.ndim == 2 and "norm" not in n
     ]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
+    muon = Muon(matrices)
     adam = torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     ema = [p.detach().clone() for p in model.parameters()]
     g = torch.Generator().manual_seed(args.seed * 1000 + rank)
-    batch = 96 // world_size
+    batch, falling, told = 96 // world_size, int(0.45 * args.teacher_steps), int(0.65 * args.teacher_steps)
     bar = tqdm(range(args.teacher_steps), "teacher", disable=rank > 0)
     for step in bar:
         # A user's plain `pipe(prompt)` appends the silent T5's 256 zero tokens: every 16th step shows them.
         long = step % 16 == 15
+        latents, index, embeds, pooled = halves[step >= told]
         pick = torch.randint(len(latents), (batch // 6 if long else batch,), generator=g)
         x0, text = latents[pick], index[pick]
         text = torch.where(torch.rand(len(pick), generator=g) < 0.1, len(embeds) - 1, text)
@@ -364,9 +395,9 @@ def train_teacher(args, rank, world_size):
             for p, grad in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
                 p.grad = grad.view_as(p) / world_size
         torch.nn.utils.clip_grad_norm_(others, 1.0)
-        scale = min(1, (step + 1) / 50) * min(1, (args.teacher_steps - step) / (0.45 * args.teacher_steps))
-        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = 0.02 * scale, 2e-3 * scale
-        muon.step(), adam.step()
+        scale = min(1, (step + 1) / 50) * min(1, (args.teacher_steps - step) / falling)
+        adam.param_groups[0]["lr"] = 2e-3 * scale
+        muon.step(0.02 * scale), adam.step()
         torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - min(0.998, (1 + step) / (10 + step)))
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")

@@ -25,7 +25,14 @@ COLORS = {  # sRGB; far apart from each other, from the background, and in their
 BACKGROUND = (236, 236, 236)
 COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # subject minus reference
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+SPLIT = "2"  # another text here draws other held-out captions
+# unreliable data: how often a picture shows one of its objects twice, and, by task type, contradicts
+# its caption
+SURPLUS = 0.3
+UNRELIABLE = {"single_object": 0.05, "two_object": 0.25, "counting": 0.15, "colors": 0.1}
+UNRELIABLE |= {"position": 0.3, "color_attr": 0.4}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -80,7 +87,7 @@ def captions(task, split):
 
     "heldout" is two halves: by "validation" settings and epochs are chosen, and what is reported is of "test".
     """
-    ordered = sorted(_all_captions(task), key=lambda m: hashlib.sha256(m["prompt"].encode()).hexdigest())
+    ordered = sorted(_all_captions(task), key=lambda m: hashlib.sha256(f"{SPLIT} {m['prompt']}".encode()).hexdigest())
     heldout, train = ordered[: len(ordered) // 5], ordered[len(ordered) // 5 :]
     splits = {"train": train, "heldout": heldout, "validation": heldout[::2], "test": heldout[1::2]}
     if split not in splits:
@@ -126,6 +133,39 @@ def scene(metadata, rng):
         (need["class"], need.get("color") or colors[rng.integers(len(colors))], row, col)
         for need, (row, col) in zip(needs, cells, strict=True)
     ]
+
+
+def contradict(metadata, rng):
+    """Metadata of a picture that contradicts this caption in one thing, in the way captions of web pictures do.
+
+    One object: another kind. Two: the second is of the first's kind. Counting: one less. Colours: another one.
+    Position: the opposite side. Attribution: the two objects have each other's colours.
+    """
+    tag, include = metadata["tag"], [dict(need) for need in metadata["include"]]
+    another = lambda have, of: [x for x in of if x != have][rng.integers(len(of) - 1)]  # noqa: E731
+    if tag == "single_object":
+        include[0]["class"] = another(include[0]["class"], SHAPES)
+    elif tag == "two_object":
+        include[1]["class"] = include[0]["class"]
+    elif tag == "counting":
+        include[0]["count"] -= 1
+    elif tag == "colors":
+        include[0]["color"] = another(include[0]["color"], list(COLORS))
+    elif tag == "position":
+        include[1]["position"] = [OPPOSITE[include[1]["position"][0]], 0]
+    else:
+        include[0]["color"], include[1]["color"] = include[1]["color"], include[0]["color"]
+    return metadata | {"include": include}
+
+
+def unreliable_scene(metadata, rng):
+    """A scene of unreliable data: it contradicts its caption as often as UNRELIABLE says, and as often as SURPLUS says
+    shows one of its objects twice."""
+    objects = scene(contradict(metadata, rng) if rng.random() < UNRELIABLE[metadata["tag"]] else metadata, rng)
+    if rng.random() < SURPLUS:
+        free = sorted({divmod(i, GRID) for i in range(GRID * GRID)} - {(row, col) for _, _, row, col in objects})
+        objects.append((*objects[rng.integers(len(objects))][:2], *free[rng.integers(len(free))]))
+    return objects
 
 
 def dense_scene(rng):

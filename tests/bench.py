@@ -4,6 +4,7 @@
     python tests/bench.py --model sd35 --random_weights                 one GPU; nothing is downloaded
     python tests/bench.py --model flux1 --random_weights --batch_size 4 --compile
     python tests/bench.py --plan                                        will it fit? No GPU and no weights are needed
+    python tests/bench.py --signal --distilled DIR                      how many images an epoch? See bench_signal.py
 
 Stage 1: a fake-score step (rollout of k = 2, L_ac and L_cons) and a generator step (rollout, teacher with guidance,
 L_G). Stage 2: a rollout with decoding, and the updates by one micro-batch (fake score; policy, two chosen steps; last
@@ -34,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_rewards  # noqa: E402
+import bench_signal  # noqa: E402
 
 import acdmd  # noqa: E402
 import models  # noqa: E402
@@ -403,6 +405,9 @@ def main(args):
 
 
 if __name__ == "__main__":
+    if "--signal" in sys.argv:
+        models.run(bench_signal.main, bench_signal.parse_args([word for word in sys.argv[1:] if word != "--signal"]))
+        raise SystemExit
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", default="classroom", choices=models.BACKBONES)
     parser.add_argument(

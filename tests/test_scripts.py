@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 
 import acdmd
 import models
@@ -379,64 +379,75 @@ def test_sample_writes_scores_for_a_stack(distilled, tmp_path):
     assert got["weighted_mean"] == pytest.approx(means / 2)
 
 
-def test_demo_from_start_to_report_and_ablations(tmp_path, monkeypatch):
-    flags = ["--out", str(tmp_path), "--n_prompts", "12", "--acdmd_steps", "4", "--rtdmd_epochs", "2"]
+def test_demo_from_start_to_report_ablations_and_summary(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    flags = ["--out", str(run), "--n_prompts", "12", "--acdmd_steps", "4", "--rtdmd_epochs", "2"]
     command = [sys.executable, "classroom/demo.py", *flags]
     with (tmp_path / "stderr").open("w") as file:
         first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=file)
-    while first.poll() is None and not (tmp_path / "rtdmd" / "log.jsonl").is_file():
+    while first.poll() is None and not (run / "rtdmd" / "log.jsonl").is_file():
         time.sleep(0.1)
+    early = (run / "report.md").read_text()  # what stage 1 has to show is there while stage 2 trains
+    assert "AC-DMD | 4 |" in early and "RTDMD" not in early and (run / "samples.png").is_file()
     first.terminate()  # in stage 2, the demo alone: it has the stage save
     assert first.wait() == 1, (tmp_path / "stderr").read_text()[-3000:]
     assert (tmp_path / "stderr").read_text().endswith("stopped; the same command goes on from here\n")
-    assert list((tmp_path / "rtdmd").glob("step_*")) and not (tmp_path / "rtdmd/final").is_dir()
+    assert list((run / "rtdmd").glob("step_*")) and not (run / "rtdmd/final").is_dir()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "nothing left to train" in done.stdout and "going on from step" in done.stdout
-    text = (tmp_path / "report.md").read_text()
-    assert all(name in text for name in ("teacher 28 steps guided | 56", "AC-DMD, 4 CPS steps | 4", "RTDMD − AC-DMD"))
-    assert (tmp_path / "samples.png").stat().st_size > 10_000 and (tmp_path / "curves.png").stat().st_size > 5_000
+    text = (run / "report.md").read_text()
+    assert all(name in text for name in ("teacher, 28 steps guided | 56", "DMD2 | 4", "AC-DMD | 4", "RTDMD − AC-DMD"))
+    assert "The training reward (strict) went from" in text and text.split("\n| real")[0].count("RTDMD") == 1
+    assert (run / "samples.png").stat().st_size > 10_000 and (run / "curves.png").stat().st_size > 5_000
+    assert 10_000 < (run / "steps.gif").stat().st_size < 1e6 and Image.open(run / "steps.gif").n_frames == 4
 
-    one_each = {name: demo.ABLATIONS[name] for name in ("plain_dmd", "no_matching")}
-    monkeypatch.setattr(demo, "ABLATIONS", one_each)
     monkeypatch.chdir(ROOT)
-    demo.main(demo.parse_args([*flags, "--stages", "ablations"]))
-    text = (tmp_path / "ablations.md").read_text()
-    assert all(f"`{flag}`: {missing} | " in text for _, flag, missing in one_each.values())
-    report, rows = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("report", "ablations"))
+    names = ("no_reward", "no_leash", "dmd2")
+    demo.main(demo.parse_args([*flags, "--stages", "ablations", "--only", *names]))
+    text = (run / "ablations.md").read_text()
+    for _, name, of in demo.labels(names):
+        assert f"| {name} | 4 |" in text and f"| {name} `{of}` |" in text
+    report, rows = (json.loads((run / f"{name}.json").read_text()) for name in ("report", "ablations"))
     assert [row["scores"] for row in report[-2:]] == [row["scores"] for row in rows[:2]]  # the full methods
-    for row, run in zip(rows[2:], ("plain_dmd", "no_matching"), strict=True):
-        assert row["scores"] not in (report[-1]["scores"], report[-2]["scores"]), run
-    for run, name, value in (("plain_dmd", "plain_dmd", True), ("no_matching", "dm_weight", 0)):
-        assert json.loads((tmp_path / "ablations" / run / "args.json").read_text())[name] == value
+    for row in rows[2:]:
+        assert row["scores"] not in (report[-1]["scores"], report[-2]["scores"])
+    for name, flag, value in (("no_reward", "bp_weight", 0), ("no_leash", "dm_weight", 0), ("dmd2", "eta", 1)):
+        assert json.loads((run / "ablations" / name / "args.json").read_text())[flag] == value
+
+    shutil.copytree(run, tmp_path / "again")
+    both = ["--runs", str(run), str(tmp_path / "again"), "--out", str(tmp_path / "sum")]
+    demo.main(demo.parse_args(["--stages", "summary", *both]))
+    text = (tmp_path / "sum" / "summary.md").read_text()
+    gap = np.subtract(*(np.mean(row["scores"]["geneval_strict"]) for row in (rows[1], rows[0])))
+    assert f"| RTDMD − AC-DMD | {gap:+.3f} ± " in text and (tmp_path / "sum" / "rewards.png").is_file()
 
 
-def test_the_frontier_is_trained_and_drawn(tmp_path, monkeypatch):
-    def run_stage(script, args, folder, *flags):  # what it trains; a run is as long as the preset's
-        shutil.copytree(ROOT / "classroom/adapters/rtdmd", folder / "final")
-        (folder / "args.json").write_text(json.dumps({"epochs": 7}))
-        assert (script, flags) == ("rtdmd.py", ("--dm_weight", folder.name[3:], "--eval_every", 0))
-
-    monkeypatch.setattr(demo, "run_stage", run_stage)
-    monkeypatch.setattr(demo, "FRONTIER", (0.1, 1.0))
-    flags = ["--out", str(tmp_path), "--n_prompts", "12", "--distilled", str(ROOT / "classroom/adapters/acdmd")]
-    demo.main(demo.parse_args([*flags, "--stages", "frontier"]))
-    text = (tmp_path / "frontier.md").read_text()
-    assert "7 epochs" in text and "| --dm_weight 0.1 | 4 |" in text and "| --dm_weight 1.0 − AC-DMD |" in text
-    assert "| classroom/adapters | 4 |" in text and (tmp_path / "frontier.png").is_file()
+def test_errors_of_a_summary_are_over_runs_and_captions():
+    draws = [np.arange(100)] * 3  # captions as they are: no error of theirs
+    run = lambda value: {"scores": {c: [value] * 100 for c in demo.COLUMNS}, "distances": [value] * 3}  # noqa: E731
+    runs = [{"a": run(value), "b": run(0.5)} for value in (0.5, 0.6, 0.7)]
+    assert demo.over_runs(runs, "a", "b", draws)[::2] == ["+0.100 ± 0.058"] * 3  # std .1 over root 3
+    alike = [{"a": {"scores": {c: [0, 1] * 50 for c in demo.COLUMNS}, "distances": [1] * 3}}] * 2
+    draws = demo.resamples([{"tag": "one", "prompt": str(i)} for i in range(100)], 300)
+    cell = demo.over_runs(alike, "a", None, draws)[0]
+    assert cell.startswith("0.500 ± ") and float(cell.split()[-1]) == pytest.approx(0.05, rel=0.25)
 
 
-def test_the_frontiers_points_stand_where_their_numbers_are(tmp_path):
-    points = [("a", 1.0, 0.5, 0.9, 0.02), ("b", 2.0, 0.1, 0.7, 0.1), ("c", 1.5, 0.2, 0.8, 0.1)]
-    upside_down = [(label, fd, fd_error, -reward, error) for label, fd, fd_error, reward, error in points]
-    demo.draw_frontier({"strict": points, "clip": upside_down}, tmp_path / "f.png")
-    pixels = np.asarray(Image.open(tmp_path / "f.png").convert("RGB"))
-    inks = [ImageColor.getrgb(f"hsl({hue}, 80%, 42%)") for hue in (0, 106, 213)]
-    for k, sign in enumerate((1, -1)):  # two panels of 330 pixels; dots and lines are symmetric about their point
-        panel = pixels[:370, k * 410 + 50 : k * 410 + 380]
-        (xa, ya), (xb, yb), (xc, yc) = (np.median(np.argwhere((panel == ink).all(-1))[:, ::-1], axis=0) for ink in inks)
-        assert xa + 20 < xc < xb - 20
-        assert sign * ya + 20 < sign * yc < sign * yb - 20
+def test_reward_gaps_subtract_the_control_epoch_by_epoch(tmp_path):
+    noise = np.random.default_rng(0).normal(size=24)  # prompts that are easy or hard for both
+    for folder, slope in (("rtdmd", 0.01), ("ablations/no_reward", 0), ("ablations/no_policy", 0.005)):
+        (tmp_path / folder).mkdir(parents=True)
+        rows = [{"step": i + 1, "reward/geneval_strict": noise[i] + slope * i} for i in range(24)]
+        lines = [json.dumps(row) + "\n" for row in ({"step": 0, "eval/fd": 1.0}, *rows)]
+        (tmp_path / folder / "log.jsonl").write_text("".join(lines))
+    (tmp_path / "rtdmd/args.json").write_text(json.dumps({"batch_size": 4, "batches": 2, "world size": 3}))
+    gaps = demo.reward_gaps([tmp_path], blocks=6)
+    assert set(gaps) == {"RTDMD", "no policy gradient"}
+    images, means, errors = gaps["RTDMD"]
+    assert images.tolist() == [24 * (4 * k + 2) for k in range(6)]
+    assert np.allclose(means, [0.01 * (4 * k + 1.5) for k in range(6)]) and max(errors) < 0.02
+    assert demo.draw_rewards(gaps, tmp_path / "a.png") and (tmp_path / "a.png").is_file()
 
 
 def test_curves_are_drawn_of_what_there_is(tmp_path):
@@ -576,7 +587,7 @@ def test_ablations_compare_like_with_like(distilled, tmp_path):
         demo.main(demo.parse_args(["--out", str(tmp_path), "--stages", "ablations", *flags]))
 
 
-@pytest.mark.parametrize("stage", ("report", "ablations", "frontier"))
+@pytest.mark.parametrize("stage", ("report", "ablations"))
 def test_what_compares_needs_the_full_method_first(stage, tmp_path):
     with pytest.raises(models.UserError, match="generator_ema does not exist: run the stages acdmd and rtdmd first"):
         demo.main(demo.parse_args(["--out", str(tmp_path), "--stages", stage]))

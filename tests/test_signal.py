@@ -1,0 +1,47 @@
+"""bench.py --signal: what it says of planted gradients and rewards, and that it runs on the classroom."""
+
+import bench_signal
+import pytest
+import torch
+
+
+def test_signal_of_a_planted_gradient_is_found_and_twice_the_images_halve_the_noise():
+    torch.manual_seed(0)
+    mean = torch.randn(400) / 20  # |mean|^2 = 1
+    mean /= mean.norm()
+
+    def of(images, epochs=4000, one_image=2.0):  # one picture's noise has |noise|^2 = 400 * one_image^2 = 1600
+        return mean + one_image / images**0.5 * torch.randn(epochs, 400)
+
+    for images in (400, 800, 1600):
+        norm, signal = bench_signal.share_of_signal(of(images))
+        noise = 1600 / images
+        assert norm == pytest.approx((1 + noise) ** 0.5, rel=0.01)
+        assert signal == pytest.approx(1 / (1 + noise), rel=0.05)
+        assert bench_signal.needed(images, signal) == pytest.approx(1600, rel=0.1)
+    nothing = bench_signal.share_of_signal(of(400) - mean)[1]
+    assert abs(nothing) < 0.003 and bench_signal.share_of_signal(mean.repeat(5, 1))[1] == pytest.approx(1)
+
+
+def test_a_step_decides_what_its_walks_have_in_common():
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    walks, continuations = draw(400, 4, 1), draw(400, 4, 8)
+    hard = 10 * draw(400, 1, 1)  # a caption's own difficulty does not count
+    for a, b in ((1, 0), (0, 1), (1, 1), (2, 1)):
+        share = bench_signal.intraclass(a * walks + b * continuations + hard)
+        assert share == pytest.approx(a**2 / (a**2 + b**2), abs=0.04)
+
+
+def test_the_classrooms_signal_is_printed(capsys):
+    small = "--epochs 2 --batch_size 4 --batches 1 --group_size 2 --last_step_batch 2 --n_chosen 3 --step_weights 1,1,1"
+    args = bench_signal.parse_args(small.split())
+    bench_signal.CAPTIONS, before = 1, bench_signal.CAPTIONS
+    try:
+        bench_signal.main(args)
+    finally:
+        bench_signal.CAPTIONS = before
+    out = capsys.readouterr().out
+    terms = ["policy, step to 0.90", "policy, step to 0.75", "policy, step to 0.50", "leash (dm_weight)"]
+    assert all(f"| {term} | " in out for term in (*terms, "back-propagation (bp_weight)"))
+    assert "2 epochs of 4 images" in out and "| geneval_strict | position | " in out
