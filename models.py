@@ -681,6 +681,7 @@ def load(
 ):
     """A backbone by name. weights: a diffusers pipeline folder or hub id in place of the published one.
 
+    dtype: of the networks; None leaves the transformer as its files have it, to be exported.
     generator_weights: the same for the generator's own transformer; by default FLUX.2's published one, with `weights`
     given that of `weights`. with_student=False leaves it out. shard_mode, offload_frozen: see `shard`. frozen_dtype:
     "float8_e4m3fn" or None, see `store_in_8_bits`.
@@ -761,9 +762,14 @@ def load_transformer(cls, folder, dtype):
     for file in weight_files(Path(folder)):
         state |= load_tensors(file)
     try:
-        model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+        model.load_state_dict({key: value.to(dtype or value.dtype) for key, value in state.items()}, assign=True)
     except RuntimeError as error:  # missing, left-over or misshapen keys, all named
         raise UserError(f"{folder} does not hold a {cls.__name__}: {' '.join(str(error).split())[:500]}") from None
+    digest = hashlib.sha256()  # of some numbers of each tensor, in bf16: alike from files of either dtype
+    for key, value in sorted(state.items()):
+        some = value.flatten()[:: max(1, value.numel() // 64)].to(torch.bfloat16).float()
+        digest.update(f"{key} {tuple(value.shape)}".encode() + some.numpy().tobytes())
+    model.base = digest.hexdigest()[:16]
     return model.eval()
 
 
@@ -816,11 +822,11 @@ def save_adapter(transformer, name, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = {path: (m.lora_A[name], m.lora_B[name]) for path, m in lora_modules(transformer).items()}
-    write_adapter(layers, folder / LORA_FILE)
+    write_adapter(layers, folder / LORA_FILE, getattr(transformer, "base", None))
 
 
-def write_adapter(layers, file):
-    """Write {module path: (A, B)}, as `read_adapter` returns it, in diffusers' naming.
+def write_adapter(layers, file, base=None):
+    """Write {module path: (A, B)}, as `read_adapter` returns it, in diffusers' naming. base: of `load_transformer`.
 
     B times LORA_SCALE is stored, with alpha = rank: what a tool takes that does not read the metadata.
     """
@@ -828,7 +834,7 @@ def write_adapter(layers, file):
     for path, (A, B) in layers.items():
         tensors[f"transformer.{path}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"transformer.{path}.lora_B.weight"] = (LORA_SCALE * B.detach()).cpu().contiguous()
-    config = {"r": len(A), "lora_alpha": len(A), "target_modules": sorted(layers)}
+    config = {"r": len(A), "lora_alpha": len(A), "target_modules": sorted(layers), "revision": base}
     config = {f"transformer.{key}": value for key, value in config.items()}
     # one entry: safetensors writes several in random order, and equal adapters shall be equal files
     save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
@@ -896,6 +902,15 @@ def layer_number(config, name, pattern, path):
     return value
 
 
+def lora_parts(tensors, where=""):
+    """(its key, state dict with LoRA matrices), ... of what a trainer may have wrapped around them."""
+    if isinstance(tensors, dict) and any("lora_" in str(key) for key in tensors):
+        yield where, tensors
+    elif isinstance(tensors, dict):
+        for key, value in tensors.items():
+            yield from lora_parts(value, f"{where}.{key}".strip("."))
+
+
 def read_adapter(source):
     """({module path: (A [rank, in], B [out, rank])}, file) of an adapter on disk, in float32 and for LORA_SCALE.
 
@@ -906,6 +921,10 @@ def read_adapter(source):
     """
     file = adapter_file(source)
     tensors, config = load_tensors(file), adapter_config(file)
+    inner = dict(lora_parts(tensors))
+    if len(inner) > 1:
+        raise UserError(f"{file} holds LoRA matrices under {' and '.join(inner)}: save one set by itself")
+    tensors = next(iter(inner.values()), tensors)
     found, keys, names = {}, {}, {}
     for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
         if re.search(OTHER_NAMING, str(key)):
@@ -957,8 +976,9 @@ def fingerprint(source):
     return digest.hexdigest()
 
 
-def load_adapter(transformer, name, source, trainable=False):
-    """Add adapter `name` from what `read_adapter` reads; layers left out are zero, what does not fit is an error."""
+def load_adapter(transformer, name, source, trainable=False, any_base=False):
+    """Add adapter `name` from what `read_adapter` reads; layers left out are zero, what does not fit is an error.
+    any_base: that it was trained on other weights is only said."""
     layers, file = read_adapter(source)
     modules = lora_modules(transformer)
     left = sorted(set(layers) - set(modules))
@@ -969,11 +989,17 @@ def load_adapter(transformer, name, source, trainable=False):
         for key, tensor, shape in (("lora_A", A, (rank, in_features)), ("lora_B", B, (out_features, rank))):
             if (has := tuple(tensor.shape)) != shape:
                 raise UserError(f"{file}: {path}.{key}.weight has shape {has}, this backbone needs {shape}")
+    bases = {adapter_config(file).get("revision"), getattr(transformer, "base", None)} - {None}
+    if len(bases) > 1 and not any_base:
+        raise UserError(f"{file} was trained on another base than this one: give the --weights of its run")
+    say = print if not (dist.is_initialized() and dist.get_rank()) else lambda _: None
+    if len(bases) > 1:
+        say(f"{file} was trained on another base than this one")
     missing = [path for path in modules if path not in layers]
     if missing and trainable:
         raise UserError(f"{file}: {missing[0]}.lora_A.weight is missing, and to be trained it must have all layers")
-    if missing and not (dist.is_initialized() and dist.get_rank()):
-        print(f"{file}: an adapter of {len(layers)} of the {len(modules)} layers that take one; zero on the others")
+    if missing:
+        say(f"{file}: an adapter of {len(layers)} of the {len(modules)} layers that take one; zero on the others")
     add_adapter(transformer, name, rank, init_std=0.0, trainable=trainable)
     with torch.no_grad():
         for path, (A, B) in layers.items():
@@ -1396,6 +1422,7 @@ class Run:
         if self.rank == 0:
             digest = hashlib.sha256(json.dumps(pairs, default=str).encode()).hexdigest()[:16]
             data = {"world size": self.world_size, "prompts read": f"{len(pairs)}, sha256 {digest}"}
+            data["base"] = getattr(backbone and backbone.transformer, "base", None)
             with named_failure(f"cannot write to --out {self.args.out}"):
                 self.open_log(json.loads(json.dumps(vars(self.args), default=str)) | data)
 
