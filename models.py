@@ -10,6 +10,7 @@ eps_hat = x + (1 - sigma) v. All of it is computed in float32, also where the ne
 
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -552,8 +553,9 @@ def add_run_flags(p, presets, out, unit, every):
     """The flags of both stages that are no method: which networks, where and how they run, what is written when."""
     add = p.add_argument_group("the run").add_argument
     add("--model", default="classroom", choices=presets, help="backbone; picks the preset that other flags override")
-    add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
-    add("--generator_weights", help="the same for the generator alone (FLUX.2: its step-distilled release)")
+    place = lambda text: str(path(text).absolute()) if path(text).is_dir() else text  # noqa: E731 (else a hub id)
+    add("--weights", type=place, help="diffusers pipeline folder or hub id in place of the published one")
+    add("--generator_weights", type=place, help="the same for the generator (FLUX.2: its step-distilled release)")
     add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
     add("--out", type=path, default=Path(out), help="run folder")
     add("--resume", type=path, help="run or step_NNNNNN folder to go on from, with its settings where none are given")
@@ -590,6 +592,8 @@ def parse_with_preset(p, presets, argv=None):
         p.error(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .json, .csv or .tsv)")
     if not args.eval_every and (args.eval_prompts or args.fd_reference):
         p.error("--eval_prompts and --fd_reference are of the evaluation during training: give --eval_every N too")
+    if args.resume and args.resume.absolute() == args.out.absolute() and not step_folders(args.out):
+        args.resume = None  # a job script's first start
     if args.resume and not args.resume.is_dir():  # else the run would make this folder
         p.error(f"--resume {args.resume}: no such folder; give a run folder or one of its step_NNNNNN")
     if args.resume and args.out == p.get_default("out"):
@@ -643,7 +647,7 @@ def named_failure(what):
     """A full disk, a read-only folder and the like become one line that says what could not be done."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # of json, safetensors and torch.save
         raise UserError(f"{what}: {first_line(error)}") from error
@@ -654,9 +658,13 @@ def run(main, args):
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter; stderr is so by itself
     try:
         main(args)
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError, MemoryError) as error:
         if Run.bar:  # else it is drawn again below the message
             Run.bar.close()
+        if not isinstance(error, UserError):
+            flags = "batch_size resolution checkpointing frozen_dtype offload_encoders offload_rewards offload_frozen"
+            flags = ", ".join(f"--{flag}" for flag in flags.split() if hasattr(args, flag))
+            error = f"out of memory: {first_line(error)} What helps, the first two smaller: {flags}"
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if dist.is_initialized():  # not after an error: it could wait for the others, who wait for this process
@@ -1394,6 +1402,7 @@ class Run:
         a = self.args
         sources, dtype = (a.model, a.weights, a.generator_weights), getattr(torch, a.dtype)
         placed = a.shard, a.offload_frozen, a.frozen_dtype
+        self.print(f"device {self.device}, networks in {a.dtype}, processes: {self.world_size}")
         backbone = load(*sources, self.device, dtype, a.resolution, True, *placed)
         backbone.offload_encoders = a.offload_encoders
         return backbone
@@ -1414,6 +1423,9 @@ class Run:
         """pairs: [(prompt, metadata)]; optimizers: {role: optimiser}; images: of one step."""
         self.backbone, self.optimizers, self.images = backbone, optimizers, images
         self.shown = [prompt for prompt, _ in (self.heldout.pairs if self.heldout else pairs)[:16]]
+        texts, held = {prompt for prompt, _ in pairs}, self.heldout.pairs if self.heldout else []
+        if known := sum(prompt in texts for prompt, _ in held):
+            self.print(f"{known} of {len(held)} held-out prompts are trained on")
         self.postfix = {}
         for role, optimizer in optimizers.items() if self.state else ():
             optimizer.load_state_dict(self.state["optimizers"][role])
@@ -1424,7 +1436,8 @@ class Run:
             data = {"world size": self.world_size, "prompts read": f"{len(pairs)}, sha256 {digest}"}
             data["base"] = getattr(backbone and backbone.transformer, "base", None)
             with named_failure(f"cannot write to --out {self.args.out}"):
-                self.open_log(json.loads(json.dumps(vars(self.args), default=str)) | data)
+                settings = json.dumps(vars(self.args), default=lambda place: str(place.absolute()))
+                self.open_log(json.loads(settings) | data)
 
     def open_log(self, settings):
         """args.json and log.jsonl; rows and checkpoints beyond the step that the run goes on from are dropped."""
@@ -1475,6 +1488,9 @@ class Run:
             if stopped:
                 return self.print_stopped(done)
         self.save(self.total, final=True)
+        for name in [name for name in self.networks if name.endswith("_ema")]:
+            if not any(B.any() for B in adapter_parameters(self.networks[name], name)[1::2]):
+                self.print(f"{name} has not moved, and adds nothing: too few updates for its average (--ema_every)")
         self.close(f"done: {self.args.out}/final")
 
     def interrupted(self, step):
@@ -1580,7 +1596,7 @@ class Run:
                 save_adapter(network, name, aside / name)
             torch.save(state, aside / "state.pt")
             (aside / "args.json").write_text(self.settings)
-            shutil.copy(self.script, aside)
+            shutil.copyfile(self.script, aside / self.script.name)  # not its permissions
             put_in_place(aside, target)
         for old in step_folders(self.out)[:-2]:
             if not self.args.keep_every or int(old.name[5:]) % self.args.keep_every:
@@ -1601,11 +1617,16 @@ def put_in_place(aside, target):
 
 
 def flush(path):
-    """Have the operating system write a file or folder to the disk."""
-    if os.name == "posix" or path.is_file():  # Windows cannot open folders
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    """Have the operating system write a file or folder to the disk; not all can flush a folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # some flush what may be written only
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # what was written is lost
+            raise
 
 
 def step_folders(out):
@@ -1648,14 +1669,15 @@ def step_of(line):
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C ask for a stop after the current step; a second Ctrl-C stops at once.
+    """SIGTERM, Ctrl-C and schedulers' warnings ask for a stop after the current step; a second Ctrl-C stops at once.
 
     A second SIGTERM does not: a cluster's scheduler sends one to every process, and torchrun passes its own on.
     """
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        names = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
+        for number in [number for number in signal.Signals if number.name in names]:  # Windows has two of them
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
