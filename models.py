@@ -1314,7 +1314,8 @@ class Run:
     lock = None  # open while this process trains in a folder; the system lets go of it however the process ends
     bar = None
 
-    def __init__(self, args, count, script):
+    def __init__(self, args, count, script, zeros=()):
+        self.zeros = dict(zeros)  # {value: what to say once, if it is exactly 0}
         self.args, self.count, self.total, self.script = args, count, getattr(args, count), Path(script)
         self.rank, self.world_size, self.device = setup_distributed(args.device)
         self.print = print if self.rank == 0 else lambda *_: None
@@ -1393,9 +1394,10 @@ class Run:
         return state
 
     def pin(self, flag, value):
-        """A value that must be what it was when the run began, else the flag is refused."""
+        """Parts of a value {part: number} that must be what they were when the run began, else the flag is refused."""
         self.pinned[flag] = value
-        if self.state and self.state.get(flag, value) != value:
+        was = self.state.get(flag) if self.state else None
+        if isinstance(was, dict) and any(was.get(part, now) != now for part, now in value.items()):
             raise UserError(f"--{flag} {getattr(self.args, flag)}: not the adapters that this run began with")
 
     def load_backbone(self):
@@ -1526,6 +1528,8 @@ class Run:
         self.since = now
         for (step, _), row in zip(self.rows, rows, strict=True):
             self.drop_nonfinite(step, row)
+            for name in [name for name in self.zeros if row.get(name) == 0]:
+                self.print(f"step {step}: {name} is 0: {self.zeros.pop(name).format(**row)}")
             row = {"step": step, **row, "skipped": self.skipped, **pace}
             row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
             self.write_row(row)
