@@ -79,7 +79,7 @@ WEAK_TASKS = {"counting": 2, "two_object": 2, "position": 2, "color_attr": 2}
 def parse_args(argv=None):
     p = models.parser(__doc__.splitlines()[0])
     add = p.add_argument
-    add("--distilled", type=models.path, help="stage 1's final/ folder: its generator_ema and fake adapters")
+    add("--distilled", type=models.path, help="stage 1's final/ folder; with --dm_weight 0, any generator's LoRA")
     add("--prompts", type=models.path, help="prompt file, for geneval with its metadata; the classroom makes its own")
     add("--rewards", type=rewards.parse_weights, default=PUBLISHED, help="name=weight,... or own.py:function=weight")
     add("--epochs", type=at_least(1), default=1000, help="sample, score, one optimiser step of each network")
