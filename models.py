@@ -10,6 +10,7 @@ eps_hat = x + (1 - sigma) v. All of it is computed in float32, also where the ne
 
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -554,8 +555,9 @@ def add_run_flags(p, presets, out, unit, every):
     """The flags of both stages that are no method: which networks, where and how they run, what is written when."""
     add = p.add_argument_group("the run").add_argument
     add("--model", default="classroom", choices=presets, help="backbone; picks the preset that other flags override")
-    add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
-    add("--generator_weights", help="the same for the generator alone (FLUX.2: its step-distilled release)")
+    place = lambda text: str(path(text).absolute()) if path(text).is_dir() else text  # noqa: E731 (else a hub id)
+    add("--weights", type=place, help="diffusers pipeline folder or hub id in place of the published one")
+    add("--generator_weights", type=place, help="the same for the generator (FLUX.2: its step-distilled release)")
     add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
     add("--out", type=path, default=Path(out), help="run folder")
     add("--resume", type=path, help="run or step_NNNNNN folder to go on from, with its settings where none are given")
@@ -592,6 +594,8 @@ def parse_with_preset(p, presets, argv=None):
         p.error(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .json, .csv or .tsv)")
     if not args.eval_every and (args.eval_prompts or args.fd_reference):
         p.error("--eval_prompts and --fd_reference are of the evaluation during training: give --eval_every N too")
+    if args.resume and args.resume.absolute() == args.out.absolute() and not step_folders(args.out):
+        args.resume = None  # a job script's first start
     if args.resume and not args.resume.is_dir():  # else the run would make this folder
         p.error(f"--resume {args.resume}: no such folder; give a run folder or one of its step_NNNNNN")
     if args.resume and args.out == p.get_default("out"):
@@ -645,7 +649,7 @@ def named_failure(what):
     """A full disk, a read-only folder and the like become one line that says what could not be done."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # of json, safetensors and torch.save
         raise UserError(f"{what}: {first_line(error)}") from error
@@ -656,9 +660,13 @@ def run(main, args):
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter; stderr is so by itself
     try:
         main(args)
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError, MemoryError) as error:
         if Run.bar:  # else it is drawn again below the message
             Run.bar.close()
+        if not isinstance(error, UserError):
+            flags = "batch_size resolution checkpointing frozen_dtype offload_encoders offload_rewards offload_frozen"
+            flags = ", ".join(f"--{flag}" for flag in flags.split() if hasattr(args, flag))
+            error = f"out of memory: {first_line(error)} What helps, the first two smaller: {flags}"
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if dist.is_initialized():  # not after an error: it could wait for the others, who wait for this process
@@ -683,6 +691,7 @@ def load(
 ):
     """A backbone by name. weights: a diffusers pipeline folder or hub id in place of the published one.
 
+    dtype: of the networks; None leaves the transformer as its files have it, to be exported.
     generator_weights: the same for the generator's own transformer; by default FLUX.2's published one, with `weights`
     given that of `weights`. with_student=False leaves it out. shard_mode, offload_frozen: see `shard`. frozen_dtype:
     "float8_e4m3fn" or None, see `store_in_8_bits`.
@@ -763,9 +772,14 @@ def load_transformer(cls, folder, dtype):
     for file in weight_files(Path(folder)):
         state |= load_tensors(file)
     try:
-        model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+        model.load_state_dict({key: value.to(dtype or value.dtype) for key, value in state.items()}, assign=True)
     except RuntimeError as error:  # missing, left-over or misshapen keys, all named
         raise UserError(f"{folder} does not hold a {cls.__name__}: {' '.join(str(error).split())[:500]}") from None
+    digest = hashlib.sha256()  # of some numbers of each tensor, in bf16: alike from files of either dtype
+    for key, value in sorted(state.items()):
+        some = value.flatten()[:: max(1, value.numel() // 64)].to(torch.bfloat16).float()
+        digest.update(f"{key} {tuple(value.shape)}".encode() + some.numpy().tobytes())
+    model.base = digest.hexdigest()[:16]
     return model.eval()
 
 
@@ -818,11 +832,11 @@ def save_adapter(transformer, name, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = {path: (m.lora_A[name], m.lora_B[name]) for path, m in lora_modules(transformer).items()}
-    write_adapter(layers, folder / LORA_FILE)
+    write_adapter(layers, folder / LORA_FILE, getattr(transformer, "base", None))
 
 
-def write_adapter(layers, file):
-    """Write {module path: (A, B)}, as `read_adapter` returns it, in diffusers' naming.
+def write_adapter(layers, file, base=None):
+    """Write {module path: (A, B)}, as `read_adapter` returns it, in diffusers' naming. base: of `load_transformer`.
 
     B times LORA_SCALE is stored, with alpha = rank: what a tool takes that does not read the metadata.
     """
@@ -830,7 +844,7 @@ def write_adapter(layers, file):
     for path, (A, B) in layers.items():
         tensors[f"transformer.{path}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"transformer.{path}.lora_B.weight"] = (LORA_SCALE * B.detach()).cpu().contiguous()
-    config = {"r": len(A), "lora_alpha": len(A), "target_modules": sorted(layers)}
+    config = {"r": len(A), "lora_alpha": len(A), "target_modules": sorted(layers), "revision": base}
     config = {f"transformer.{key}": value for key, value in config.items()}
     # one entry: safetensors writes several in random order, and equal adapters shall be equal files
     save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
@@ -898,6 +912,15 @@ def layer_number(config, name, pattern, path):
     return value
 
 
+def lora_parts(tensors, where=""):
+    """(its key, state dict with LoRA matrices), ... of what a trainer may have wrapped around them."""
+    if isinstance(tensors, dict) and any("lora_" in str(key) for key in tensors):
+        yield where, tensors
+    elif isinstance(tensors, dict):
+        for key, value in tensors.items():
+            yield from lora_parts(value, f"{where}.{key}".strip("."))
+
+
 def read_adapter(source):
     """({module path: (A [rank, in], B [out, rank])}, file) of an adapter on disk, in float32 and for LORA_SCALE.
 
@@ -908,6 +931,10 @@ def read_adapter(source):
     """
     file = adapter_file(source)
     tensors, config = load_tensors(file), adapter_config(file)
+    inner = dict(lora_parts(tensors))
+    if len(inner) > 1:
+        raise UserError(f"{file} holds LoRA matrices under {' and '.join(inner)}: save one set by itself")
+    tensors = next(iter(inner.values()), tensors)
     found, keys, names = {}, {}, {}
     for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
         if re.search(OTHER_NAMING, str(key)):
@@ -959,8 +986,9 @@ def fingerprint(source):
     return digest.hexdigest()
 
 
-def load_adapter(transformer, name, source, trainable=False):
-    """Add adapter `name` from what `read_adapter` reads; layers left out are zero, what does not fit is an error."""
+def load_adapter(transformer, name, source, trainable=False, any_base=False):
+    """Add adapter `name` from what `read_adapter` reads; layers left out are zero, what does not fit is an error.
+    any_base: that it was trained on other weights is only said."""
     layers, file = read_adapter(source)
     modules = lora_modules(transformer)
     left = sorted(set(layers) - set(modules))
@@ -971,11 +999,17 @@ def load_adapter(transformer, name, source, trainable=False):
         for key, tensor, shape in (("lora_A", A, (rank, in_features)), ("lora_B", B, (out_features, rank))):
             if (has := tuple(tensor.shape)) != shape:
                 raise UserError(f"{file}: {path}.{key}.weight has shape {has}, this backbone needs {shape}")
+    bases = {adapter_config(file).get("revision"), getattr(transformer, "base", None)} - {None}
+    if len(bases) > 1 and not any_base:
+        raise UserError(f"{file} was trained on another base than this one: give the --weights of its run")
+    say = print if not (dist.is_initialized() and dist.get_rank()) else lambda _: None
+    if len(bases) > 1:
+        say(f"{file} was trained on another base than this one")
     missing = [path for path in modules if path not in layers]
     if missing and trainable:
         raise UserError(f"{file}: {missing[0]}.lora_A.weight is missing, and to be trained it must have all layers")
-    if missing and not (dist.is_initialized() and dist.get_rank()):
-        print(f"{file}: an adapter of {len(layers)} of the {len(modules)} layers that take one; zero on the others")
+    if missing:
+        say(f"{file}: an adapter of {len(layers)} of the {len(modules)} layers that take one; zero on the others")
     add_adapter(transformer, name, rank, init_std=0.0, trainable=trainable)
     with torch.no_grad():
         for path, (A, B) in layers.items():
@@ -1282,7 +1316,8 @@ class Run:
     lock = None  # open while this process trains in a folder; the system lets go of it however the process ends
     bar = None
 
-    def __init__(self, args, count, script):
+    def __init__(self, args, count, script, zeros=()):
+        self.zeros = dict(zeros)  # {value: what to say once, if it is exactly 0}
         self.args, self.count, self.total, self.script = args, count, getattr(args, count), Path(script)
         self.rank, self.world_size, self.device = setup_distributed(args.device)
         self.print = print if self.rank == 0 else lambda *_: None
@@ -1361,15 +1396,17 @@ class Run:
         return state
 
     def pin(self, flag, value):
-        """A value that must be what it was when the run began, else the flag is refused."""
+        """Parts of a value {part: number} that must be what they were when the run began, else the flag is refused."""
         self.pinned[flag] = value
-        if self.state and self.state.get(flag, value) != value:
+        was = self.state.get(flag) if self.state else None
+        if isinstance(was, dict) and any(was.get(part, now) != now for part, now in value.items()):
             raise UserError(f"--{flag} {getattr(self.args, flag)}: not the adapters that this run began with")
 
     def load_backbone(self):
         a = self.args
         sources, dtype = (a.model, a.weights, a.generator_weights), getattr(torch, a.dtype)
         placed = a.shard, a.offload_frozen, a.frozen_dtype
+        self.print(f"device {self.device}, networks in {a.dtype}, processes: {self.world_size}")
         backbone = load(*sources, self.device, dtype, a.resolution, True, *placed)
         backbone.offload_encoders = a.offload_encoders
         return backbone
@@ -1390,6 +1427,9 @@ class Run:
         """pairs: [(prompt, metadata)]; optimizers: {role: optimiser}; images: of one step."""
         self.backbone, self.optimizers, self.images = backbone, optimizers, images
         self.shown = [prompt for prompt, _ in (self.heldout.pairs if self.heldout else pairs)[:16]]
+        texts, held = {prompt for prompt, _ in pairs}, self.heldout.pairs if self.heldout else []
+        if known := sum(prompt in texts for prompt, _ in held):
+            self.print(f"{known} of {len(held)} held-out prompts are trained on")
         self.postfix = {}
         for role, optimizer in optimizers.items() if self.state else ():
             optimizer.load_state_dict(self.state["optimizers"][role])
@@ -1398,8 +1438,10 @@ class Run:
         if self.rank == 0:
             digest = hashlib.sha256(json.dumps(pairs, default=str).encode()).hexdigest()[:16]
             data = {"world size": self.world_size, "prompts read": f"{len(pairs)}, sha256 {digest}"}
+            data["base"] = getattr(backbone and backbone.transformer, "base", None)
             with named_failure(f"cannot write to --out {self.args.out}"):
-                self.open_log(json.loads(json.dumps(vars(self.args), default=str)) | data)
+                settings = json.dumps(vars(self.args), default=lambda place: str(place.absolute()))
+                self.open_log(json.loads(settings) | data)
 
     def open_log(self, settings):
         """args.json and log.jsonl; rows and checkpoints beyond the step that the run goes on from are dropped."""
@@ -1450,6 +1492,9 @@ class Run:
             if stopped:
                 return self.print_stopped(done)
         self.save(self.total, final=True)
+        for name in [name for name in self.networks if name.endswith("_ema")]:
+            if not any(B.any() for B in adapter_parameters(self.networks[name], name)[1::2]):
+                self.print(f"{name} has not moved, and adds nothing: too few updates for its average (--ema_every)")
         self.close(f"done: {self.args.out}/final")
 
     def interrupted(self, step):
@@ -1485,6 +1530,8 @@ class Run:
         self.since = now
         for (step, _), row in zip(self.rows, rows, strict=True):
             self.drop_nonfinite(step, row)
+            for name in [name for name in self.zeros if row.get(name) == 0]:
+                self.print(f"step {step}: {name} is 0: {self.zeros.pop(name).format(**row)}")
             row = {"step": step, **row, "skipped": self.skipped, **pace}
             row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
             self.write_row(row)
@@ -1555,7 +1602,7 @@ class Run:
                 save_adapter(network, name, aside / name)
             torch.save(state, aside / "state.pt")
             (aside / "args.json").write_text(self.settings)
-            shutil.copy(self.script, aside)
+            shutil.copyfile(self.script, aside / self.script.name)  # not its permissions
             put_in_place(aside, target)
         for old in step_folders(self.out)[:-2]:
             if not self.args.keep_every or int(old.name[5:]) % self.args.keep_every:
@@ -1576,11 +1623,16 @@ def put_in_place(aside, target):
 
 
 def flush(path):
-    """Have the operating system write a file or folder to the disk."""
-    if os.name == "posix" or path.is_file():  # Windows cannot open folders
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    """Have the operating system write a file or folder to the disk; not all can flush a folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # some flush what may be written only
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # what was written is lost
+            raise
 
 
 def step_folders(out):
@@ -1623,14 +1675,15 @@ def step_of(line):
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C ask for a stop after the current step; a second Ctrl-C stops at once.
+    """SIGTERM, Ctrl-C and schedulers' warnings ask for a stop after the current step; a second Ctrl-C stops at once.
 
     A second SIGTERM does not: a cluster's scheduler sends one to every process, and torchrun passes its own on.
     """
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        names = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
+        for number in [number for number in signal.Signals if number.name in names]:  # Windows has two of them
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):

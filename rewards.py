@@ -12,6 +12,7 @@ average (normalised units).
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import html
@@ -22,7 +23,9 @@ import json
 import math
 import os
 import re
+import sys
 import traceback
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 
 import models
 from models import UserError
@@ -117,6 +120,14 @@ class Weights:
             raise UserError(f"the weights of {source} do not fit {cls.__name__}: {', '.join(wrong[:5])}{more}")
         return model.eval().requires_grad_(False)
 
+    @functools.cached_property
+    def characters(self):
+        """What the reader of ocr_rec tells apart; the first is the blank."""
+        name = "preprocessor_config.json"
+        file = self.file("ocr_rec", name)
+        with self.opening("ocr_rec", name):
+            return json.loads(Path(file).read_text(encoding="utf-8")).get("character_list", [])
+
     def clip(self, folder="clip"):
         """A CLIPModel folder as a `Clip`, loaded once."""
         if folder not in self.clips:
@@ -181,6 +192,15 @@ def resize_and_pad(images, size):
     images = resize(images, round(h * size / max(h, w)), round(w * size / max(h, w)))
     rows, columns = size - images.shape[-2], size - images.shape[-1]
     return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+
+def read_picture(file):
+    """A picture file as a viewer shows it, turned as its tag says: [1, 3, H, W] in [0, 1]."""
+    with models.named_failure(f"{file} cannot be read as a picture"):
+        picture = ImageOps.exif_transpose(Image.open(file))
+        if picture.mode[0] in "IF":  # of more than 8 bits, which conversion would clip
+            raise ValueError(f"its pixels are {picture.mode}: save it with 8 bits a channel")
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
 
 
 def eight_bits(images):
@@ -572,12 +592,9 @@ class OCR(nn.Module):
         super().__init__()
         self.detector = weights.model(transformers.PPOCRV5MobileDetForObjectDetection, "ocr_det")
         self.reader = weights.model(transformers.PPOCRV5MobileRecForTextRecognition, "ocr_rec")
-        name = "preprocessor_config.json"
-        file, n = weights.file("ocr_rec", name), self.reader.config.head_out_channels
-        with weights.opening("ocr_rec", name):
-            self.characters = json.loads(Path(file).read_text(encoding="utf-8")).get("character_list", [])
+        self.characters, n = weights.characters, self.reader.config.head_out_channels
         if len(self.characters) != n:
-            raise UserError(f"{name} of ocr_rec lists {len(self.characters)} characters, the model tells {n} apart")
+            raise UserError(f"ocr_rec lists {len(self.characters)} characters, its model tells {n} apart")
 
     def forward(self, images, prompts, metadata=None):
         # NOTE(paper): all quoted texts of a prompt count; the release looks at the first (its test set has no second)
@@ -691,15 +708,20 @@ def quoted_texts(prompt):
     return texts
 
 
+def plain_letters(text):
+    """Text without case, spaces and other ways to write the same letter, as an accent that combines."""
+    return "".join(unicodedata.normalize("NFKC", text.casefold()).split())
+
+
 def ocr_accuracy(lines, prompt, texts=1):
-    """1 - min(edit distance, n) / n in [0, 1]; n: length of the target, case and spaces aside.
+    """1 - min(edit distance, n) / n in [0, 1]; n: length of the target. Both as `plain_letters`.
 
     lines: [(text, confidence), ...] in reading order, joined; 1 also where the target is a part of them. The target:
     the first `texts` quoted texts of the prompt, in order.
     NOTE(paper): the release takes what stands between the first two quotes, inches (12" pizza) among them.
     """
-    target = "".join("".join(quoted_texts(prompt)[:texts]).split()).lower()
-    found = "".join("".join(text for text, confidence in lines if confidence > 0).split()).lower()
+    target = plain_letters("".join(quoted_texts(prompt)[:texts]))
+    found = plain_letters("".join(text for text, confidence in lines if confidence > 0))
     if target in found:
         return 1.0
     row = list(range(len(target) + 1))  # Levenshtein distance of each prefix of the target to what was read so far
@@ -941,46 +963,77 @@ def find_scorer(reward):
     file, _, name = reward.rpartition(":")
     if not file.endswith(".py"):
         raise UserError(f"unknown reward {reward!r}; allowed: {', '.join(SCORERS)}, or file.py:function of your own")
-    if SCORERS.get(name) in CLASSES:
-        raise UserError(f"reward {reward}: {name} is one of the nine, give the function another name")
+    if SCORERS.get(name) in CLASSES or name == "fd" or name.endswith("_error"):  # a log's own columns
+        raise UserError(f"reward {reward}: {name} is a column of ours, give the function another name")
     file = models.path(file).resolve()
     if getattr(SCORERS.get(name), "file", file) != file:
         raise UserError(f"reward {reward}: {name} is a function of {SCORERS[name].file} too: give one another name")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        SCORERS[name] = own_scorer(name, getattr(module, name))
-        SCORERS[name].file = file
+        SCORERS[name] = own_scorer(name, getattr(load_file(file), name), file)
     except Exception as error:  # whatever the file's code raises
         raise UserError(f"reward {reward}: {type(error).__name__}: {models.first_line(error)}") from error
     return name
 
 
-def own_scorer(name, function):
-    """A scorer of function(images [B, 3, H, W] in [0, 1], prompts, metadata) -> [B].
+@functools.cache
+def load_file(file):
+    """The module of a Python file, loaded once, under a name that no other has."""
+    spec = importlib.util.spec_from_file_location(str(file.with_suffix("")).replace(".", "_"), file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses and pickle look
+    with undisturbed(file.parent):
+        spec.loader.exec_module(module)
+    return module
 
-    Differentiable if it has `function.differentiable = True`; the metadata are empty where its gradient is taken.
+
+@contextlib.contextmanager
+def undisturbed(folder):
+    """Run code of a user's own, with the files beside it importable; the process's state is given back."""
+    grad, dtype, n = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    here, path = os.getcwd(), sys.path.copy()
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad), torch.set_default_dtype(dtype), torch.set_default_device(None)
+        torch.set_num_threads(n), torch.use_deterministic_algorithms(False), os.chdir(here)
+        sys.path[:] = path
+
+
+def own_scorer(name, function, source):
+    """A scorer of function(images [B, 3, H, W] in [0, 1], prompts, metadata) -> [B], from the file `source`.
+
+    Differentiable if it has `function.differentiable = True`.
     """
 
     class OwnScorer(nn.Module):
-        columns = (name,)
+        columns, file = (name,), source
         differentiable = getattr(function, "differentiable", False)
 
         def __init__(self, weights, device):
             super().__init__()
 
-        def forward(self, images, prompts, metadata=None):
-            row = torch.as_tensor(function(images, prompts, metadata or [{}] * len(prompts)), device=images.device)
-            if row.shape != (len(prompts),):
-                raise UserError(
-                    f"it returned {list(row.shape)} for {len(prompts)} images, where [{len(prompts)}] is due"
-                )
+        def forward(self, images, prompts, metadata):
+            with undisturbed(source.parent):
+                row = function(images, prompts, metadata)
+            try:
+                row = torch.as_tensor(row, device=images.device)
+            except (TypeError, ValueError, RuntimeError):
+                raise UserError(f"it returned a {type(row).__name__}; return one number a picture alone") from None
+            if row.shape != (n := len(images),):
+                raise UserError(f"it returned {list(row.shape)} for {n} images, where [{n}] is due")
             if images.requires_grad and not row.requires_grad:
                 raise UserError("it calls itself differentiable, and its scores have no gradient to the images")
             return {name: row.float()}
 
     return OwnScorer
+
+
+def check_images(images, n):
+    """Refuse what would be scored wrong without a word: anything but n pictures as floats [n, 3, H, W] in [0, 1]."""
+    (low, high), shape = images.aminmax() if images.numel() else (0, 0), list(images.shape)
+    if not images.is_floating_point() or len(shape) != 4 or shape[:2] != [n, 3] or not (low >= 0 and high <= 1):
+        was = f"{images.dtype} {shape} from {low:.3g} to {high:.3g}"
+        raise UserError(f"pictures to score must be floats [{n}, 3, H, W] in [0, 1], one a prompt; got {was}")
 
 
 @contextlib.contextmanager
@@ -1028,7 +1081,8 @@ class Scorers:
         """
         columns = list(self.weights) if columns is None else columns
         metadata = [{}] * len(prompts) if metadata is None else metadata
-        check_prompts(list(zip(prompts, metadata, strict=True)), columns, self.reward_dir)
+        check_images(images, len(prompts))
+        check_prompts(list(zip(prompts, metadata, strict=True)), columns, self.reward_dir, self.files)
         rows = {name: torch.empty(len(prompts)) for name in columns}
         size = self.batch_size or max(1, len(prompts))
         for scorer in self.scorers:
@@ -1043,7 +1097,7 @@ class Scorers:
                 scorer.to("cpu")
         return rows
 
-    def differentiable(self, images, prompts):
+    def differentiable(self, images, prompts, metadata=None):
         """Weighted sum of the differentiable columns, [B], with gradient to the images; 0 if there is none.
 
         The gradient is taken here, of one scorer after the other, so that only one scorer's activations are alive. A
@@ -1053,7 +1107,7 @@ class Scorers:
         leaf = images.detach().requires_grad_(images.requires_grad and torch.is_grad_enabled())
         for scorer in self.scorers:
             if scorer.differentiable:
-                rows = self.call(scorer, leaf, prompts)
+                rows = self.call(scorer, leaf, prompts, [{}] * len(prompts) if metadata is None else metadata)
                 own = sum(self.weights[name] * SCALE.get(name, 1) * row for name, row in rows.items())
                 if leaf.requires_grad:
                     with naming(scorer):
@@ -1066,6 +1120,7 @@ class Scorers:
     @torch.no_grad()
     def features(self, images):
         """[N, D] float64 on the CPU: CLIP's pooled image features of 8-bit pictures, for `frechet_distance`."""
+        check_images(images, len(images))
         clip, parts = self.files.clip().to(self.device), []
         for part in images.split(self.batch_size or 100):
             pixels = (part.to(self.device, torch.float32) * 255).round().clamp(0, 255) / 255
@@ -1083,17 +1138,16 @@ class Scorers:
         files = [file for file in files if file.name != "grid.png"]
         if len(files) < 2:
             raise UserError(f"--fd_reference {folder} holds {len(files)} pictures (.png, .jpg, .webp): give at least 2")
-        pictures = (np.array(Image.open(file).convert("RGB")) for file in files)
-        pictures = (torch.from_numpy(p).permute(2, 0, 1)[None].float() / 255 for p in pictures)
-        return np.concatenate([self.features(picture) for picture in pictures])
+        return np.concatenate([self.features(read_picture(file)) for file in files])
 
-    def call(self, scorer, images, prompts, metadata=None):
+    def call(self, scorer, images, prompts, metadata):
         """One scorer on one batch; an error carries its name. No autocast, and no TF32 in the forward."""
+        metadata = [copy.deepcopy(m) for m in metadata]  # pictures of a prompt share one dict, which files keep
         tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # cosines of .2 need 1e-3
         try:
             with naming(scorer), torch.autocast(self.device.type, enabled=False):
-                rows = scorer.to(self.device)(images, prompts, metadata)
+                rows = scorer.to(self.device)(images, list(prompts), metadata)
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         for name, row in rows.items():
@@ -1192,9 +1246,15 @@ class HeldOut:
         rows, features = zip(*(scores[i] for i in range(len(self.pairs))), strict=True)
         values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
         summary = {f"eval/{name}": v.mean() for name, v in values.items()}
-        summary |= {f"eval/{name}_error": v.std() / math.sqrt(len(v)) for name, v in values.items()}
+        means = {name: prompt_means([prompt for prompt, _ in self.pairs], v) for name, v in values.items()}
+        summary |= {f"eval/{name}_error": m.std() / math.sqrt(len(m)) for name, m in means.items() if len(m) > 1}
         fd = {} if self.reference is None else {"eval/fd": frechet_distance(np.stack(features), self.reference)}
         return summary | fd
+
+
+def prompt_means(prompts, values):
+    """Mean value of each prompt [P], for an error: pictures of one prompt are no independent draws."""
+    return np.array([values[np.array(prompts) == prompt].mean() for prompt in dict.fromkeys(prompts)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1255,7 +1315,9 @@ def json_rows(text):
 
 
 def sheet_rows(text, delimiter):
-    """Entries {column: cell} of a sheet."""
+    """Entries {column: cell} of a sheet. If another mark than its ending's divides a prompt column off, that counts."""
+    cells = {mark: text.partition("\n")[0].lower().split(mark) for mark in (delimiter, *";\t,|")}
+    delimiter = next((m for m in cells if {c.strip('" \r') for c in cells[m]} & {*PROMPT_KEYS}), delimiter)
     rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():  # where DictReader puts what is too much or too little
@@ -1293,8 +1355,8 @@ def count_groups(pairs, n_images, group_size):
     return n_images // group_size
 
 
-def check_prompts(pairs, columns, reward_dir=None):
-    """Raise a UserError if a prompt lacks what a scorer will need."""
+def check_prompts(pairs, columns, reward_dir=None, files=None):
+    """Raise a UserError if a prompt lacks what a scorer will need. files: the scorers' `Weights`, if there are some."""
     need = {SCORERS[find_scorer(name)] for name in columns}
     classes, colors = COCO, COLORS
     if GenEval in need and is_classroom(reward_dir):
@@ -1311,7 +1373,10 @@ def check_prompts(pairs, columns, reward_dir=None):
                 "facebookresearch/GenEval2"
             )
         if OCR in need:
-            quoted_texts(prompt)
+            files, target = files or Weights(reward_dir), plain_letters("".join(quoted_texts(prompt)))
+            for c in filter(str.isalnum, target):
+                if c not in files.characters and c.upper() not in files.characters:
+                    raise UserError(f"prompt {number} ({prompt!r}): ocr's reader does not know the letter {c!r}")
 
 
 def geneval_fault(metadata, classes, colors):

@@ -72,6 +72,10 @@ PRESETS = {
     ),
 }
 
+NO_PULL = {  # what is said once, if this value is exactly 0
+    "loss/bp": "every R is above --reward_margin (mean {R:.4g}), so no reward is back-propagated: raise the margin"
+}
+
 # how often the classroom's own prompts show a task type that stage 1 leaves weak; the others come once
 WEAK_TASKS = {"counting": 2, "two_object": 2, "position": 2, "color_attr": 2}
 
@@ -87,7 +91,7 @@ def three_weights(text):
 def parse_args(argv=None):
     p = models.parser(__doc__.splitlines()[0])
     add = p.add_argument
-    add("--distilled", type=models.path, help="stage 1's final/ folder: its generator_ema and fake adapters")
+    add("--distilled", type=models.path, help="stage 1's final/ folder; with --dm_weight 0, any generator's LoRA")
     add("--prompts", type=models.path, help="prompt file, for geneval with its metadata; the classroom makes its own")
     add("--rewards", type=rewards.parse_weights, default=PUBLISHED, help="name=weight,... or own.py:function=weight")
     add("--epochs", type=at_least(1), default=1000, help="sample, score, one optimiser step of each network")
@@ -108,7 +112,7 @@ def parse_args(argv=None):
     add("--dm_weight", type=between(0), default=1e-3, help="weight of L_G; paper: 1e-3; 0: ablation without leash")
     add("--bp_weight", type=between(0), default=1e-4, help="weight of reward back-propagation; paper: 1e-4")
     add("--last_step_batch", type=at_least(1), help="L_G and R: on so many images of a micro-batch (default: all)")
-    add("--reward_margin", type=between(-math.inf), default=3.0, help="of mean(relu(margin - R)); paper: 3")
+    add("--reward_margin", type=between(-math.inf), default=3.0, help="of mean(relu(margin - R)), above R; paper: 3")
     add("--gamma", type=between(0), default=0.01, help="weight of L_cons in L_fake; paper: 0.01")
     add("--consistency_batch", type=at_least(1), help="L_cons: on so many images of a micro-batch (default: all)")
     add("--ema_every", type=at_least(1), default=8, help="optimiser steps between EMA updates (decay .9); paper: 8")
@@ -121,7 +125,7 @@ def parse_args(argv=None):
         p.error(f"--n_chosen {args.n_chosen}: --step_weights {args.step_weights} leaves fewer steps to choose from")
     if args.distilled is None:
         p.error("--distilled DIR is missing: the final/ folder of an acdmd.py run")
-    for name in ("generator_ema", "fake"):
+    for name in ("generator_ema", "fake") if args.dm_weight else ():
         if not (args.distilled / name).is_dir():
             near = [d for d in (args.distilled / "final", args.distilled.parent) if (d / name).is_dir()]
             hint = f"give {near[0]}" if near else "run acdmd.py first and give its final/ folder"
@@ -134,6 +138,13 @@ def parse_args(argv=None):
     if args.bp_weight and not any(rewards.SCORERS[name].differentiable for name in args.rewards):
         p.error("--bp_weight needs a differentiable reward such as clipscore in --rewards; or give --bp_weight 0")
     return args
+
+
+def stage_1(folder, dm_weight):
+    """{role: its adapter of stage 1}: those of a final/ folder, or without the leash some generator's alone."""
+    student = folder / "generator_ema"
+    alone = {"generator": student if student.is_dir() else folder}
+    return {"fake": folder / "fake", "generator": student} if dm_weight else alone
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -295,14 +306,16 @@ def matching_gradient(backbone, cond, x0, noise, guidance_scale):
     return loss, torch.autograd.grad(loss, x0)[0]
 
 
-def reward_gradient(backbone, scorers, prompts, x0, margin):
-    """(mean(relu(margin - R)), its gradient at x0), R [B] the weighted differentiable rewards of the decoded x0.
+def reward_gradient(backbone, scorers, prompts, about, x0, margin):
+    """({"loss/bp": mean(relu(margin - R)), "R": its mean}, the loss's gradient at x0); about: {prompt: its metadata}.
 
+    R [B]: the weighted differentiable rewards of the decoded x0.
     Taken at x0, so that the activations of reward models and VAE are gone before the transformer's backward begins.
     """
     x0 = x0.detach().requires_grad_()
-    loss = torch.relu(margin - scorers.differentiable(backbone.decode(x0), prompts)).mean()
-    return loss, torch.autograd.grad(loss, x0)[0]
+    R = scorers.differentiable(backbone.decode(x0), prompts, [about[prompt] for prompt in prompts])
+    loss = torch.relu(margin - R).mean()
+    return {"loss/bp": loss, "R": R.mean()}, torch.autograd.grad(loss, x0)[0]
 
 
 def pick_prompts(pairs, n, g):
@@ -322,8 +335,8 @@ def of_one_image(gradient):
 
 def main(args):
     # set-up: run folder, prompts, rewards, networks and their adapters, optimisers
-    run = models.Run(args, "epochs", __file__)
-    run.pin("distilled", [models.fingerprint(args.distilled / name) for name in ("generator_ema", "fake")])
+    run, below = models.Run(args, "epochs", __file__, NO_PULL), stage_1(args.distilled, args.dm_weight)
+    run.pin("distilled", {role: models.fingerprint(source) for role, source in below.items()})
     if run.finished:
         return
     per_rank = args.batch_size * args.batches
@@ -335,10 +348,10 @@ def main(args):
     run.heldout = rewards.HeldOut(args, run.device, scorers) if args.eval_every else None
     backbone = run.load_backbone()
     backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake", "fake_rl"), "ema": ("distilled", "rl_ema")}
-    frozen = models.load_adapter(backbone.student, "distilled", args.distilled / "generator_ema")
-    models.load_adapter(backbone.transformer, "fake", args.distilled / "fake")
-    rank = len(frozen[0])  # of an A, [rank, in]
+    for role, source in below.items():  # the generator last, whose rank all have
+        frozen = models.load_adapter(backbone.network(role), backbone.roles[role][0], source)
     networks = {"rl": backbone.student, "rl_ema": backbone.student, "fake_rl": backbone.transformer}
+    rank = len(frozen[0])  # of an A, [rank, in]
     generator, average, fake = run.adapters(networks, rank, args.init_std)  # lists of parameters, in this order
     fused = run.device.type == "cuda"
     optimizer = torch.optim.AdamW(generator, weight_decay=1e-4, fused=fused)
@@ -446,9 +459,9 @@ def main(args):
                     g += args.dm_weight * g_dm
                     add_to(row, {"loss/dm": loss, "grad_x0/dm": args.dm_weight * of_one_image(g_dm)}, args.batches)
                 if args.bp_weight:
-                    loss, g_bp = reward_gradient(backbone, scorers, texts, x0_hat, args.reward_margin)
+                    values, g_bp = reward_gradient(backbone, scorers, texts, dict(picked), x0_hat, args.reward_margin)
                     g += args.bp_weight * g_bp
-                    add_to(row, {"loss/bp": loss, "grad_x0/bp": args.bp_weight * of_one_image(g_bp)}, args.batches)
+                    add_to(row, values | {"grad_x0/bp": args.bp_weight * of_one_image(g_bp)}, args.batches)
                 x0_hat.backward(share * g)  # recomputed blocks take the adapters they ran with: the generator's
         row["grad_norm/generator"] = step_optimizer(optimizer, decay * args.lr, run.world_size, args.skip_nonfinite)
 

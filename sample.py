@@ -11,11 +11,12 @@
 A student (--lora) walks the few-step schedule with CPS, whatever the number of --steps; so does the base model in 4
 steps. Else, and with a --guidance_scale for the student, it is the teacher's sampler: the pipeline's own schedule,
 Euler, guided. Pictures are 1024 pixels a side, as published (the classroom's 64), whatever the training's were.
-Writes to --out: 00000.png, ... , grid.png and metadata.json (settings, prompts and, with --eval, every score).
-Several processes share the batches; pictures and scores are those of one process.
+Writes to --out: 00000.png, ... , scores.jsonl as they are made, then grid.png and metadata.json (settings, prompts and,
+with --eval, scores). The same command goes on after a stop. Several processes give the pictures and scores of one.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -58,7 +59,7 @@ def parse_args(argv=None):
     add("--offload_rewards", action="store_true", help="scorers wait on the CPU while they do not score")
     add("--out", type=models.path, help="new folder (default: out/samples, out/samples_2, ...)")
     add("--seed", type=at_least(0), default=0, help="of image i's noise, and of the choice of classroom captions")
-    add("--batch_size", type=at_least(1), default=50, help="images at once")
+    add("--batch_size", type=at_least(1), help="images at once (default: 8 of 1024x1024, up to 50 of smaller ones)")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = p.parse_args(argv)
     args.few_step = args.guidance_scale is None if args.lora else args.steps == len(models.FEW_STEPS)
@@ -68,6 +69,7 @@ def parse_args(argv=None):
         args.guidance_scale = 1.0 if args.few_step else models.BACKBONES[args.model]["guidance"]
     if args.resolution is None:
         args.resolution = models.BACKBONES["classroom"]["resolution"] if args.model == "classroom" else 1024
+    args.batch_size = args.batch_size or min(50, max(1, 8 * 1024**2 // args.resolution**2))
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
     if args.export and args.export.exists():
@@ -75,11 +77,6 @@ def parse_args(argv=None):
     new = args.export_lora
     if new and (not args.lora or args.export or new.suffix != ".safetensors" or new.exists()):
         p.error(f"--export_lora {new}: needs --lora, no --export, and a new file that ends in .safetensors")
-    if args.out is None:
-        names = (Path(f"out/samples_{i}" if i > 1 else "out/samples") for i in itertools.count(1))
-        args.out = next(name for name in names if is_free(name))
-    elif not is_free(args.out):
-        p.error(f"--out {args.out} is a file or not empty: give a new folder")
     if args.reward_dir is None and args.model == "classroom":
         args.reward_dir = models.CLASSROOM
     try:
@@ -94,8 +91,28 @@ def parse_args(argv=None):
     return args
 
 
-def is_free(folder):
-    return not folder.exists() or folder.is_dir() and not any(folder.iterdir())
+def begun(folder, call):
+    """{index: entry} of what this very call has made in the folder already; None if others' files are there."""
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return {}
+    if not (folder / "scores.jsonl").is_file() or (folder / "metadata.json").exists():
+        return None
+    rows = []
+    for line in (folder / "scores.jsonl").read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a killed process leaves a line half written
+            rows.append(json.loads(line))
+    return {row["index"]: row["entry"] for row in rows} if all(row["call"] == call for row in rows) else None
+
+
+def choose_out(args, made_from):
+    """(--out or the first default one that is free, what was begun there, a hash of the call)."""
+    call = {key: plain(value) for key, value in vars(args).items() if key != "out"}
+    call = hashlib.sha256(json.dumps([call, made_from]).encode()).hexdigest()
+    names = (Path(f"out/samples_{i}" if i > 1 else "out/samples") for i in itertools.count(1))
+    for folder in [args.out] if args.out else names:
+        if (done := begun(folder, call)) is not None:
+            return folder, done, call
+    raise models.UserError(f"--out {args.out} is a file or not empty: give a new folder")
 
 
 def parse_files(text, columns):
@@ -141,13 +158,12 @@ def summarize(entries, weights):
     table = {}
     for name in weights:
         rows = [(e["scores"][name], e.get("tag"), e["prompt"]) for e in entries if name in e["scores"]]
-        values, tags = np.array([value for value, _, _ in rows]), [tag for _, tag, _ in rows]
+        values = np.array([value for value, _, _ in rows])
+        tags = [tag if isinstance(tag, str) else None for _, tag, _ in rows]  # a file's own may be anything
         tasks = {t: float(values[[x == t for x in tags]].mean()) for t in dict.fromkeys(tags) if t}
-        by_prompt = {}
-        for value, _, prompt in rows:
-            by_prompt.setdefault(prompt, []).append(value)
-        error = bootstrap_error([np.mean(scores) for scores in by_prompt.values()])
-        table[name] = {"mean": float(values.mean()), "error": error, "n": len(values), "prompts": len(by_prompt)}
+        means = rewards.prompt_means([prompt for _, _, prompt in rows], values)
+        error = bootstrap_error(means) if len(means) > 1 else None
+        table[name] = {"mean": float(values.mean()), "error": error, "n": len(values), "prompts": len(means)}
         table[name]["tasks"] = tasks
         if tasks:  # the benchmark's overall score: task types count alike, however many prompts they have
             table[name]["task_mean"] = float(np.mean(list(tasks.values())))
@@ -165,7 +181,8 @@ def report(summary):
         cells = "".join(f"{row['tasks'][t]:15.3f}" if t in row["tasks"] else " " * 15 for t in tasks)
         by_task = f"{row['task_mean']:10.3f}" if "task_mean" in row else " " * 10
         counts = f"{row['n']:6}" + f"{row['prompts']:9}" * repeated
-        lines.append(f"{name:16}{counts}{row['mean']:9.3f}{row['error']:7.3f}{by_task}{cells}")
+        error = f"{'–':>7}" if row["error"] is None else f"{row['error']:7.3f}"  # of one prompt there is none
+        lines.append(f"{name:16}{counts}{row['mean']:9.3f}{error}{by_task}{cells}")
     return "\n".join([*lines, f"{'weighted mean':22}{' ' * 9 * repeated}{summary['weighted_mean']:9.3f}"])
 
 
@@ -212,14 +229,15 @@ def main(args):
     sets, weights = prompt_sets(args) if not target else ([], {})
     if args.fd_reference and not target and sum(len(pairs) for pairs, _ in sets) < 2:
         raise models.UserError("--fd_reference compares sets of pictures: ask for 2 or more (--n_images, --per_prompt)")
+    adapters = [models.fingerprint(folder) for folder in args.lora]  # are they whole? Known before the models load
+    if not target:
+        args.out, done, call = models.gather([choose_out(args, [sets, adapters])], world_size)[0]
     folder = target.parent if target else args.out
     with models.named_failure(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # may files be made here? Known before the models load
     if args.export_lora:
         return export_lora(args.lora, args.export_lora) if rank == 0 else None
-    for folder in args.lora:
-        models.read_adapter(folder)  # is it whole? Known before the models load
     scorers = None
     if weights or args.fd_reference:
         size = args.reward_batch_size or args.batch_size
@@ -227,10 +245,15 @@ def main(args):
     dtype = torch.bfloat16 if device.type == "cuda" and args.model != "classroom" else torch.float32
     # one network is enough here: FLUX.2's generator, which has weights of its own, or its teacher
     student = models.BACKBONES[args.model].get("student") if args.few_step or args.lora else None
-    placement = dict(device=device, dtype=dtype, resolution=args.resolution, with_student=False)
+    if rank == 0:
+        print(f"device {device}, networks in {str(dtype)[6:]}, processes: {world_size}")
+    # an export has the files' own dtype
+    placement = dict(
+        device=device, dtype=None if args.export else dtype, resolution=args.resolution, with_student=False
+    )
     backbone = models.load(args.model, args.weights or student, **placement)
     for i, folder in enumerate(args.lora):
-        models.load_adapter(backbone.transformer, f"lora_{i}", folder)
+        models.load_adapter(backbone.transformer, f"lora_{i}", folder, any_base=True)
     backbone.roles["generator"] = tuple(f"lora_{i}" for i in range(len(args.lora)))
     if args.export:
         if rank == 0:
@@ -247,30 +270,36 @@ def main(args):
             batches.append((range(start + b, start + b + len(part)), part, columns))
         start += len(pairs)
     reference = scorers.features_of_folder(args.fd_reference) if args.fd_reference else None
-    entries, shown, features, written, seconds = {}, {}, [], [], 0.0
+    shown, features, seconds, made = {}, [], 0.0, 0
+    (args.out / "scores.jsonl").touch()
     for indices, pairs, columns in tqdm(batches[rank::world_size], "images", unit="batch", disable=rank > 0):
         prompts, metadata = [prompt for prompt, _ in pairs], [m for _, m in pairs]
-        begin = time.perf_counter()
-        options = dict(batch_size=len(prompts), indices=indices)
-        images = generate(backbone, prompts, sigmas, args.eta, args.guidance_scale, args.seed, **options)
-        seconds += time.perf_counter() - begin
-        scores = scorers.score(images, prompts, metadata, columns) if columns else {}
+        files = [args.out / f"{i:05d}.png" for i in indices]
+        if all(i in done for i in indices):
+            images = torch.cat([rewards.read_picture(file) for file in files])
+        else:
+            begin = time.perf_counter()
+            options = dict(batch_size=len(prompts), indices=indices)
+            images = generate(backbone, prompts, sigmas, args.eta, args.guidance_scale, args.seed, **options)
+            seconds, made = seconds + time.perf_counter() - begin, made + len(prompts)
+            scores = scorers.score(images, prompts, metadata, columns) if columns else {}
+            rows = [{name: values[j].item() for name, values in scores.items()} for j in range(len(prompts))]
+            done |= {i: {**m, "scores": row} for i, m, row in zip(indices, metadata, rows, strict=True)}
+            with models.named_failure(f"cannot write to {args.out}"):
+                for image, file in zip(images, files, strict=True):
+                    models.save_grid(image[None], file, 1, gap=0)
+                lines = [json.dumps({"index": i, "call": call, "entry": done[i]}) + "\n" for i in indices]
+                with (args.out / "scores.jsonl").open("ab", buffering=0) as file:  # one write: no process breaks a line
+                    file.write("".join(lines).encode())
         features += list(scorers.features(images)) if args.fd_reference else []
-        for j, i in enumerate(indices):
-            written.append(args.out / f"{i:05d}.png")
-            with all_or_nothing(args.out, written):
-                models.save_grid(images[j][None], written[-1], 1, gap=0)
-            entries[i] = {**metadata[j], "scores": {name: values[j].item() for name, values in scores.items()}}
-            if i < 64:
-                shown[i] = images[j]
+        shown |= {i: image for i, image in zip(indices, images, strict=True) if i < 64}
     features = models.gather(features, world_size)
-    parts = models.gather([(entries, shown, seconds)], world_size)
+    parts = models.gather([(done, shown, seconds, made)], world_size)
     if rank > 0:
         return
-    entries = {i: entry for part, _, _ in parts for i, entry in part.items()}
-    entries = [entries[i] for i in sorted(entries)]
-    shown = {i: image for _, part, _ in parts for i, image in part.items()}
-    ms = 1000 * sum(seconds for _, _, seconds in parts) / len(entries)
+    done, shown = ({i: x for part in parts for i, x in part[k].items()} for k in (0, 1))
+    entries = [done[i] for i in sorted(done)]
+    ms = 1000 * sum(part[2] for part in parts) / max(1, sum(part[3] for part in parts))
     result = {"settings": {key: plain(value) for key, value in vars(args).items()}, "ms_per_image": ms}
     result["nfe"] = (len(sigmas) - 1) * backbone.passes(args.guidance_scale)
     result["sampler"] = sampler(args)
@@ -282,24 +311,13 @@ def main(args):
         result["fd"] = {"value": fd, "n": len(features), "n_reference": len(reference)}
         few = " (few pictures: compare at one n only)" if min(len(features), len(reference)) < 500 else ""
         print(f"FD {fd:.2f}: {len(features)} pictures to {len(reference)} of {args.fd_reference}, CLIP features{few}")
-    written += [args.out / "grid.png", args.out / "metadata.json"]
-    with all_or_nothing(args.out, written):
+    with models.named_failure(f"cannot write to {args.out}"):
         models.save_grid(torch.stack([shown[i] for i in sorted(shown)]), args.out / "grid.png", min(8, len(shown)))
-        (args.out / "metadata.json").write_text(json.dumps({**result, "images": entries}, indent=1) + "\n")
+        aside = args.out / ".metadata.json.partial"  # its name says that the call is done
+        aside.write_text(json.dumps({**result, "images": entries}, indent=1) + "\n")
+        aside.rename(args.out / "metadata.json")
     how = f"{result['sampler']}: {result['nfe']} NFE, {ms:.0f} ms an image"
     print(f"{len(entries)} images, {how}; {args.out}/grid.png, metadata.json")
-
-
-@contextlib.contextmanager
-def all_or_nothing(folder, written):
-    """On a full disk what was written goes again, so that the same command can be given once there is room."""
-    try:
-        with models.named_failure(f"cannot write to {folder}"):
-            yield
-    except models.UserError:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
 
 
 def sampler(args):
@@ -335,7 +353,8 @@ def export_lora(folders, file):
             A, B = zip(*(adapter[path] for adapter in stack if path in adapter), strict=True)
             layers[path] = torch.cat(A), torch.cat(B, 1)
         try:
-            models.write_adapter(models.one_rank(layers), aside)
+            base, *others = {models.adapter_config(models.adapter_file(f)).get("revision") for f in folders}
+            models.write_adapter(models.one_rank(layers), aside, None if others else base)
             models.flush(aside)
             aside.rename(file)
         finally:

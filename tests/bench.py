@@ -153,7 +153,7 @@ def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
         x0_hat = models.cps_step(states[:, 3], v, sigmas[3], 0.0)
         _, g = rtdmd.matching_gradient(backbone, cond, x0_hat, noise, one.guidance_scale)
         if scorers:
-            g += rtdmd.reward_gradient(backbone, scorers, ["a prompt"] * n, x0_hat, 3.0)[1]
+            g += rtdmd.reward_gradient(backbone, scorers, ["a prompt"] * n, {"a prompt": {}}, x0_hat, 3.0)[1]
         x0_hat.backward(g)
         models.step_optimizer(optimizers["generator"], 1e-5, 1)
 
@@ -237,10 +237,10 @@ class Differentiable:
         files.device = "meta"
         self.scorers = [cls(files, "cpu") for cls in (rewards.CLIPScore, rewards.HPSv2, rewards.PickScore)]
         self.weights = {scorer.columns[0]: 1.0 for scorer in self.scorers}
-        self.offload, self.call = False, lambda scorer, images, prompts: scorer(images, prompts)
+        self.offload, self.call = False, lambda scorer, images, prompts, about: scorer(images, prompts)
 
-    def differentiable(self, images, prompts):
-        return rewards.Scorers.differentiable(self, images, prompts)
+    def differentiable(self, images, prompts, about):
+        return rewards.Scorers.differentiable(self, images, prompts, about)
 
 
 def make_fake(module):
@@ -413,9 +413,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--random_weights", action="store_true", help="and dummy embeddings, in place of published ones"
     )
-    parser.add_argument("--resolution", type=int, help="pixels a side (default: the backbone's)")
-    parser.add_argument("--batch_size", type=int, help="images (default: stage 1's preset)")
-    parser.add_argument("--repeat", type=int, default=5, help="timed calls of each part")
+    parser.add_argument("--resolution", type=models.at_least(1), help="pixels a side (default: the backbone's)")
+    parser.add_argument("--batch_size", type=models.at_least(1), help="images (default: stage 1's preset)")
+    parser.add_argument("--repeat", type=models.at_least(1), default=5, help="timed calls of each part")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpointing", default="auto", choices=["auto", "on", "off"], help="as in the stages")
     parser.add_argument("--device", choices=["cpu", "cuda"])
@@ -423,16 +423,16 @@ if __name__ == "__main__":
     parser.add_argument("--plan", action="store_true", help="predict memory and hours (default: of all published)")
     add = parser.add_argument_group("of --plan").add_argument
     of_plan = [
-        add("--gb", type=float, default=80.0, help="memory of a GPU"),
-        add("--gpus", type=int, default=1, help="that --shard shards over"),
+        add("--gb", type=models.between(1), default=80.0, help="memory of a GPU"),
+        add("--gpus", type=models.at_least(1), default=1, help="that --shard shards over"),
         add("--shard", default="none", choices=models.SHARD_MODES, help="as in the stages"),
         add("--offload_frozen", action="store_true", help="as in the stages"),
         add("--offload_encoders", action="store_true", help="as in the stages"),
         add("--offload_rewards", action="store_true", help="as in rtdmd.py"),
-        add("--last_step_batch", type=int, help="as in rtdmd.py"),
+        add("--last_step_batch", type=models.at_least(1), help="as in rtdmd.py"),
         add("--frozen_dtype", choices=["float8_e4m3fn"], help="as in the stages"),
-        add("--mfu", type=float, default=0.35, help="assumed share of the peak"),
-        add("--peak", type=float, default=989e12, help="FLOP/s, an H100's in bf16"),
+        add("--mfu", type=models.between(0.01, 1), default=0.35, help="assumed share of the peak"),
+        add("--peak", type=models.between(1e9), default=989e12, help="FLOP/s, an H100's in bf16"),
     ]
     args = parser.parse_args()
     given = [flag.option_strings[0] for flag in of_plan if getattr(args, flag.dest) != flag.default]

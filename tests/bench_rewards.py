@@ -125,7 +125,7 @@ class RandomWeights(rewards.Weights):
 
     def file(self, folder, name):
         file = Path(self.folder.name) / name
-        file.write_text(json.dumps({"character_list": ["a"] * CONFIGS[folder]().head_out_channels}))
+        file.write_text(json.dumps({"character_list": [*"_OPEN"] + ["a"] * (CONFIGS[folder]().head_out_channels - 5)}))
         return file
 
     def state(self, folder, name):

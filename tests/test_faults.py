@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +24,44 @@ FLAGS = (
     "--batch_size 2 --consistency_batch 1 --rank 2 --log_every 1 --fake_update_ratio 2 --save_every 1 "
     "--sample_every 0 --eval_every 0"
 )
-KILLS, STEPS = 40, 120
+WRITES = {"save_file": 1, "save": 1, "write_text": 0, "copyfile": 1}  # what writes a file -> which argument names it
+STEPS, FIRST = 5, 3  # steps of a run; the save in which the first life ends, so that later ones have an old one to drop
 
 
-def life(flags, started):
-    """One process of a run whose saving is slow, so that many kills fall into it; never returns."""
+def life(flags, at, nth, told):
+    """One process of a run, killed at operation `at` of its nth save: in a write's middle, before anything else."""
     torch.set_num_threads(1)
-    save, step = models.save_adapter, acdmd.step_optimizer
-
-    def slow(*args):
-        save(*args)
-        time.sleep(0.03)
-
-    def told(*args):
-        os.write(started, b".")
-        return step(*args)
-
-    models.save_adapter, acdmd.step_optimizer = slow, told
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    saves, operations, save = [], [], models.Run.save
+
+    def counted(owner, name):
+        do = getattr(owner, name)
+
+        def operation(*args, **kwargs):
+            if len(saves) != nth:
+                return do(*args, **kwargs)
+            operations.append(name)
+            if len(operations) - 1 != at:
+                return do(*args, **kwargs)
+            if name in WRITES:
+                do(*args, **kwargs)
+                os.truncate(args[WRITES[name]], os.path.getsize(args[WRITES[name]]) // 2)
+            if name == "rmtree" and Path(args[0]).is_dir():
+                next(path for path in Path(args[0]).rglob("*") if path.is_file()).unlink()
+            os.write(told, name.encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(owner, name, operation)
+
+    def told_save(self, *args, **kwargs):
+        saves.append(1)
+        save(self, *args, **kwargs)
+        saves.extend([1] * 1000 * (len(saves) == nth))  # no later save counts
+
+    models.Run.save = told_save
+    owners = {"save_file": models, "save": torch, "write_text": Path, "rename": Path, "fsync": os}
+    for name, owner in (owners | {"copyfile": shutil, "rmtree": shutil}).items():
+        counted(owner, name)
     try:
         acdmd.main(acdmd.parse_args(flags))
         os._exit(0)
@@ -51,31 +70,26 @@ def life(flags, started):
 
 
 def harness(folder):
-    """Run to the end once; then again with 40 kills on the way. Forks of one process that has only imported.
-
-    Writes kills.json: how many kills, and how many of them left a half-written checkpoint.
-    """
+    """A run to its end; then one that is killed at every operation of a save in turn. Forks of one process that only
+    imported. Writes kills.json: the operations."""
     flags = [*FLAGS.split(), "--steps", str(STEPS), "--device", "cpu", "--out"]
-    rng, out, kills, inside = np.random.default_rng(0), folder / "killed", 0, 0
-    runs = [[str(folder / "whole"), "--save_every", "60"]] + [[str(out)]] * (KILLS + 1)
-    for number, more in enumerate(runs):
-        more = more + (["--resume", str(out)] if number and list(out.glob("step_*")) else [])
-        heard, started = os.pipe()
+    kills, out = [], str(folder / "killed")
+    lives = [([str(folder / "whole")], -1, 1), ([out], 0, FIRST)]
+    lives += [([out, "--resume", out], at, 1) for at in range(1, 100)]
+    for number, (more, at, nth) in enumerate(lives):
+        heard, told = os.pipe()
         pid = os.fork()
         if pid == 0:
-            life([*flags, *more], started)
-        os.close(started)
-        if 0 < number <= KILLS:
-            assert os.read(heard, 1), "the run ended before its first step"
-            time.sleep(rng.uniform(0, 0.4))
-            os.kill(pid, signal.SIGKILL)
-            inside += bool(list(out.glob(".*.partial")))
+            life([*flags, *more], at, nth, told)
+        os.close(told)
         _, status = os.waitpid(pid, 0)
+        kills.append(os.read(heard, 99).decode())
         os.close(heard)
-        killed = os.WIFSIGNALED(status)
-        assert killed == (0 < number <= KILLS), f"process {number} ended with status {status}: make the run longer"
-        kills += killed
-    (folder / "kills.json").write_text(json.dumps({"kills": kills, "inside": inside}))
+        if not os.WIFSIGNALED(status) and number:  # its save had no such operation: it came to the end
+            break
+    whole, *kills, last = kills
+    assert status == 0 and whole == last == ""
+    (folder / "kills.json").write_text(json.dumps(kills))
 
 
 def log(out):
@@ -84,16 +98,16 @@ def log(out):
     return [{k: v for k, v in row.items() if k not in volatile} for row in rows]
 
 
-def test_forty_kills_change_nothing(tmp_path):
-    """kill -9 at random moments, also inside a save: every time the run goes on, to the bit-identical end."""
+def test_a_kill_at_any_operation_of_a_save_changes_nothing(tmp_path):
+    """kill -9 in the middle of each write, before each flush and rename: the run goes on, to the bit-identical end."""
     call = f"import pathlib, test_faults; test_faults.harness(pathlib.Path({str(tmp_path)!r}))"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    told, out = json.loads((tmp_path / "kills.json").read_text()), tmp_path / "killed"
-    assert told["kills"] == KILLS
-    assert told["inside"] >= 5, "hardly a kill fell into a save: make it slower"
+    kills, out = json.loads((tmp_path / "kills.json").read_text()), tmp_path / "killed"
+    assert kills[:8] == ["rmtree", *["save_file"] * 3, "save", "write_text", "copyfile", "fsync"]
+    assert kills[8:17] == ["fsync"] * 9 and kills[17:20] == ["rename", "fsync", "rmtree"]  # 6 files and 4 folders
     assert log(out) == log(tmp_path / "whole")
     for name in ("generator", "generator_ema", "fake"):
         a, b = (models.load_file(run / "final" / name / models.LORA_FILE) for run in (tmp_path / "whole", out))
@@ -101,55 +115,90 @@ def test_forty_kills_change_nothing(tmp_path):
     assert not list(out.glob(".*.partial")) and (out / "final" / "acdmd.py").is_file()
 
 
-def pairs(folder, n=20, steps=12):
-    """n times two runs in one folder, the second up to 3 s after the first; forks of one process that only imported.
+MEETINGS = ("before it looks", "before its first step", "before its last step", "when it has ended")
 
-    Writes pairs.json: the exit status and the last line of each run, in order of their start.
+
+def first_of_two(flags, meeting, here):
+    """A run that stops itself, its folder as it is then, at the meeting point; another one comes before it goes on."""
+    init, step, steps = models.Run.__init__, acdmd.step_optimizer, []
+
+    def wait():
+        os.write(here, b".")
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def looking(self, *args):
+        if meeting == "before it looks":
+            wait()
+        init(self, *args)
+
+    def stepping(*args):
+        steps.append(1)
+        if meeting == {1: "before its first step", 6: "before its last step"}.get(len(steps)):
+            wait()
+        return step(*args)
+
+    models.Run.__init__, acdmd.step_optimizer = looking, stepping
+    models.run(acdmd.main, acdmd.parse_args(flags))
+    if meeting == "when it has ended":
+        wait()
+
+
+def pairs(folder):
+    """For each meeting point two runs in one folder, and one run alone. Forks of one process that only imported.
+
+    Writes pairs.json: {meeting point: exit status and last line of the first and the second}.
     """
     torch.set_num_threads(1)
-    flags = [*FLAGS.split(), "--save_every", "4", "--steps", str(steps), "--device", "cpu", "--out"]
-    rng, rows = np.random.default_rng(0), []
-    for pair in range(-1, n):  # -1: a run alone
-        pids = []
-        for number in range(1 if pair < 0 else 2):
-            time.sleep(number * 3 * rng.random() * rng.random())
-            pids.append(os.fork())
-            if pids[-1] == 0:
-                sys.stdout = sys.stderr = (folder / f"{pair}_{number}.txt").open("w", buffering=1)
-                try:
-                    models.run(acdmd.main, acdmd.parse_args([*flags, str(folder / f"run_{pair}")]))
-                    os._exit(0)
-                except SystemExit as error:
-                    os._exit(error.code)
-                finally:
-                    os._exit(99)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        lines = [(folder / f"{pair}_{number}.txt").read_text().splitlines()[-1] for number in range(len(pids))]
-        rows.append(list(zip(statuses, lines, strict=True)))
+    flags, rows = [*FLAGS.split(), "--save_every", "2", "--steps", "4", "--device", "cpu", "--out"], {}
+
+    def start(meeting, name, here=None):
+        pid = os.fork()
+        if pid == 0:
+            sys.stdout = sys.stderr = (folder / f"{meeting} {name}.txt").open("w", buffering=1)
+            try:
+                first_of_two([*flags, str(folder / meeting)], name == "first" and meeting, here)
+                os._exit(0)
+            except SystemExit as error:
+                os._exit(error.code)
+            finally:
+                os._exit(99)
+        return pid
+
+    for meeting in ("alone", *MEETINGS):
+        heard, here = os.pipe()
+        first = start(meeting, "first", here)
+        statuses = {}
+        if meeting in MEETINGS:
+            os.close(here)
+            assert os.read(heard, 1)
+            os.waitpid(first, os.WUNTRACED)  # it has stopped
+            statuses["second"] = os.waitstatus_to_exitcode(os.waitpid(start(meeting, "second"), 0)[1])
+            os.kill(first, signal.SIGCONT)
+        statuses["first"] = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
+        said = {name: (folder / f"{meeting} {name}.txt").read_text().splitlines()[-1] for name in statuses}
+        rows[meeting] = {name: (status, said[name]) for name, status in statuses.items()}
     (folder / "pairs.json").write_text(json.dumps(rows))
 
 
-def test_twenty_pairs_of_runs_in_one_folder_leave_one_run_each(tmp_path):
+def test_two_runs_in_one_folder_leave_one_run_wherever_they_meet(tmp_path):
     """Whoever comes second ends with a line that says why, and takes nothing from the first."""
     call = f"import pathlib, test_faults; test_faults.pairs(pathlib.Path({str(tmp_path)!r}))"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    alone, *rows = json.loads((tmp_path / "pairs.json").read_text())
-    assert alone[0][0] == 0 and len(rows) == 20
-    met = 0
-    for pair, row in enumerate(rows):
-        assert sorted(status for status, _ in row) == [0, 2], row
-        line = next(line for status, line in row if status == 2)
-        assert re.search("is in use by (process|another process)|holds a run", line), line
-        met += "is in use by" in line
-        a, b = tmp_path / "run_-1", tmp_path / f"run_{pair}"
+    rows = json.loads((tmp_path / "pairs.json").read_text())
+    assert rows.pop("alone")["first"][0] == 0 and list(rows) == list(MEETINGS)
+    for meeting, row in rows.items():
+        refused = "first" if meeting == "before it looks" else "second"
+        assert {name: status for name, (status, _) in row.items()} == {"second": 0, "first": 0} | {refused: 2}, row
+        late = meeting in ("before it looks", "when it has ended")
+        assert re.search("holds a run" if late else "is in use by (process|another process)", row[refused][1]), row
+        a, b = tmp_path / "alone", tmp_path / meeting
         assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir()) and log(a) == log(b)
         for name in ("generator", "generator_ema", "fake"):
             assert (a / "final" / name / models.LORA_FILE).read_bytes() == (
                 b / "final" / name / models.LORA_FILE
             ).read_bytes()
-    assert met >= 5, "hardly two runs met: make them longer"
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_what_cannot_be_measured_is_refused(flags, said):
 
 def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     monkeypatch.setitem(bench.PUBLISHED, "sd35", bench.PUBLISHED["sd35"] | SMALL)
-    mean = SimpleNamespace(scorers=[], differentiable=lambda images, prompts: images.mean((1, 2, 3)))
+    mean = SimpleNamespace(scorers=[], differentiable=lambda images, prompts, about: images.mean((1, 2, 3)))
     monkeypatch.setattr(bench, "Differentiable", lambda: mean)  # the gradient through the VAE, and no reward model
     monkeypatch.setitem(models.BACKBONES["sd35"], "resolution", 128)
     rows = bench.plan("sd35", SimpleNamespace(**ARGS))

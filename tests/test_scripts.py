@@ -228,7 +228,7 @@ def test_a_reward_that_fails_late_is_named_and_costs_no_checkpoint(distilled, tm
     forward, calls = rewards.CLIPScore.forward, []
 
     def failing(self, images, prompts, metadata):
-        calls.append(metadata is not None)  # else it is asked for its gradient
+        calls.append(not images.requires_grad)  # else it is asked for its gradient
         if sum(calls) == 4:  # two micro-batches an epoch: the last of epoch 2
             raise RuntimeError("the server\nis gone")
         return forward(self, images, prompts, metadata)
@@ -243,20 +243,20 @@ def test_a_reward_that_fails_late_is_named_and_costs_no_checkpoint(distilled, tm
 
 
 def test_sigterm_saves_and_the_resumed_log_is_the_uninterrupted_one(tmp_path):
-    flags = [*SMALL_1, "--steps", "36", "--log_every", "7", "--save_every", "1000", "--out"]
+    flags = [*SMALL_1, "--steps", "12", "--log_every", "5", "--save_every", "1000", "--out"]
     command = [sys.executable, "acdmd.py", *flags]
     whole = subprocess.run([*command, tmp_path / "a"], cwd=ROOT, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr[-2000:]
-    run = subprocess.Popen(
-        [*command, tmp_path / "b"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    file = tmp_path / "b" / "log.jsonl"
-    while not (file.is_file() and file.read_text().count("\n") >= 2):
-        assert run.poll() is None
-        time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    said = run.communicate()[0]
-    assert run.returncode == 0 and f"--resume {tmp_path / 'b'}" in said
+    at_step_7 = """import itertools, os, signal, sys
+sys.path.insert(0, os.getcwd())
+import acdmd, models
+log, steps = models.Run.log, itertools.count()
+models.Run.log = lambda *row: log(*row) or next(steps) == 6 and os.kill(os.getpid(), signal.SIGTERM)
+models.run(acdmd.main, acdmd.parse_args())
+"""
+    stopped = subprocess.run([sys.executable, "-c", at_step_7, *flags, tmp_path / "b"], cwd=ROOT, capture_output=True)
+    assert stopped.returncode == 0 and f"--resume {tmp_path / 'b'}" in stopped.stdout.decode(), stopped.stderr[-2000:]
+    assert [row["step"] for row in log(tmp_path / "b")][-1] == 7
     done = subprocess.run([*command, tmp_path / "b", "--resume", tmp_path / "b"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0 and log(tmp_path / "b") == log(tmp_path / "a")
     same_adapters(tmp_path / "a" / "final", tmp_path / "b" / "final")
@@ -699,10 +699,9 @@ def test_bad_input(command, distilled, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     loaded, load = [], models.load_transformer
     monkeypatch.setattr(models, "load_transformer", lambda *args: loaded.append(args) or load(*args))
-    began = time.perf_counter()
     with pytest.raises(SystemExit) as stopped:
         models.run(module.main, module.parse_args())
-    assert stopped.value.code == 2 and time.perf_counter() - began < 10
+    assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert BAD[command] in said and said.count("\n") == 1
     assert not loaded or any(flag in command for flag in NEEDS_WEIGHTS)
