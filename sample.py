@@ -10,7 +10,8 @@
 
 A student (--lora) walks the few-step schedule with CPS, whatever the number of --steps; so does the base model in 4
 steps. Else, and with a --guidance_scale for the student, it is the teacher's sampler: the pipeline's own schedule,
-Euler, guided. Pictures are 1024 pixels a side, as published (the classroom's 64), whatever the training's were.
+Euler, guided. Pictures are 1024 pixels a side, as published (the classroom's 64, sana's and prx's 512), whatever the
+training's were.
 Writes to --out: 00000.png, ... , grid.png and metadata.json (settings, prompts and, with --eval, every score).
 Several processes share the batches; pictures and scores are those of one process.
 """
@@ -39,7 +40,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--model", default="classroom", choices=models.BACKBONES, help="backbone")
     add("--weights", help="pipeline folder or hub id in place of the published one (FLUX.2's student: its own)")
-    add("--resolution", type=at_least(1), help="pixels a side (default: 1024, the classroom's 64)")
+    add("--resolution", type=at_least(1), help="pixels a side (default: 1024, the classroom's 64, sana and prx: 512)")
     add("--lora", action="append", default=[], type=models.path, help="adapter; repeat to stack, applied in order")
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
     add("--prompts", type=models.path, help=".txt, .jsonl, .json, .csv or .tsv (default: classroom captions, held out)")
@@ -67,7 +68,7 @@ def parse_args(argv=None):
     if args.guidance_scale is None:
         args.guidance_scale = 1.0 if args.few_step else models.BACKBONES[args.model]["guidance"]
     if args.resolution is None:
-        args.resolution = models.BACKBONES["classroom"]["resolution"] if args.model == "classroom" else 1024
+        args.resolution = models.BACKBONES[args.model].get("pictures", models.BACKBONES[args.model]["resolution"])
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
     if args.export and args.export.exists():
