@@ -281,6 +281,7 @@ class Backbone:
         for network in self.networks():
             prepare_for_lora(network, self.lora_targets, self.device)
         self.roles = {"teacher": (), "generator": (), "fake": ()}
+        self.below = ()  # frozen adapters under every role: --teacher_lora
         self._embeddings = {}  # prompt -> {name: its row}, on the CPU
         self._position_ids = {}
         self.evaluations = 0  # of the network by one sample since the last log line; with gradient they count twice
@@ -338,7 +339,7 @@ class Backbone:
             cond = {key: torch.cat([uncond[key].expand_as(cond[key]), cond[key]]) for key in cond}
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         self.evaluations += len(x) * (1 + torch.is_grad_enabled())  # a frozen base's backward costs one forward
-        with adapters(network, *self.roles[role]), self.autocast():
+        with adapters(network, *self.below, *self.roles[role]), self.autocast():
             v = self.predict(network, x, sigma, cond, guidance_scale).float()
         if guided:
             v_uncond, v_cond = v.chunk(2)  # NOTE(paper): the release runs FLUX's two passes one after the other
@@ -371,7 +372,6 @@ class Backbone:
         z = self.vae_latents(latents)
         return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def vae_latents(self, latents):
     @property
     def patch(self):
         return self.transformer.config.patch_size
@@ -379,6 +379,7 @@ class Backbone:
     def shape(self, side):
         return (self.transformer.config.in_channels, side, side)
 
+    def vae_latents(self, latents):
         return latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
 
     def sigmas(self, steps=FEW_STEPS):
@@ -390,7 +391,6 @@ class Backbone:
             steps = [1000 * (1 - i / steps) for i in range(steps)]
         return few_step_sigmas(self.scheduler, steps, self.image_tokens, self.family)
 
-
     @staticmethod
     def shift_mu(config, image_tokens, steps):
         """Of a scheduler whose shift depends on the picture's size: log of the shift, linear in the image tokens."""
@@ -398,6 +398,7 @@ class Backbone:
 
         c = config
         return calculate_shift(image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+
 
 class SD3(Backbone):
     """SD3-M, SD3.5-M and the classroom: StableDiffusion3Pipeline. Latents [16, side / 8, side / 8]."""
@@ -493,7 +494,6 @@ class Flux2(Backbone):
         mean, var = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
         return self.pipe._unpatchify_latents(latents * (var + self.vae.config.batch_norm_eps).sqrt() + mean)
 
-
     @staticmethod
     def shift_mu(config, image_tokens, steps):
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
@@ -545,16 +545,17 @@ class PRX(Backbone):
     def predict(self, network, x, sigma, cond, guidance_scale):
         return network(hidden_states=x.to(self.dtype), timestep=sigma, **cond, return_dict=False)[0]
 
+
 CLASSROOM = Path(__file__).resolve().parent / "classroom"
 KLEIN = "black-forest-labs/FLUX.2-klein"
 # facts of each; settings are in a stage's PRESETS. resolution: pixels a side; pictures: of sample.py's, where others;
 # text_tokens: of T5, Qwen or Gemma; guidance: the teacher's; student: what the generator starts from, where other
 BACKBONES = {
     "classroom": dict(family=SD3, repo=CLASSROOM / "teacher", resolution=64, text_tokens=2, guidance=3.0),  # T5 is mute
-    "sd3": dict(family=SD3, repo="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024)
     "sana": dict(family=Sana, repo="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512)
     | dict(text_tokens=300, guidance=4.5),
     "prx": dict(family=PRX, repo="Photoroom/prx-512-t2i-sft", resolution=512, text_tokens=256, guidance=5.0),
+    "sd3": dict(family=SD3, repo="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024)
     | dict(text_tokens=128, guidance=7.0, pictures=1024),
     "sd35": dict(family=SD3, repo="stabilityai/stable-diffusion-3.5-medium", resolution=512)
     | dict(text_tokens=128, guidance=4.5, pictures=1024),
@@ -619,6 +620,8 @@ def add_run_flags(p, presets, out, unit, every):
     add("--model", default="classroom", choices=presets, help="backbone; picks the preset that other flags override")
     add("--weights", help="diffusers pipeline folder or hub id in place of the published one")
     add("--generator_weights", help="the same for the generator alone (FLUX.2: its step-distilled release)")
+    below = dict(action="append", default=[], type=path)
+    add("--teacher_lora", **below, help="adapter, a style's for example, frozen under all roles; repeat to stack")
     add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
     add("--out", type=path, default=Path(out), help="run folder")
     add("--resume", type=path, help="run or step_NNNNNN folder to go on from, with its settings where none are given")
@@ -646,6 +649,7 @@ def parse_with_preset(p, presets, argv=None):
     p.set_defaults(guidance_scale=BACKBONES[known.model]["guidance"])
     p.set_defaults(**presets[known.model])
     own = {"out": p.get_default("out"), "resume": None}
+    own |= {"teacher_lora": []} if known.teacher_lora else {}  # else what is given would follow the saved ones
     if known.resume and (known.resume / "args.json").is_file():
         with contextlib.suppress(ValueError):  # a torn one is named when the checkpoint is read
             saved = json.loads((known.resume / "args.json").read_text())
@@ -757,12 +761,12 @@ def load(
     quiet_libraries()
     spec = BACKBONES[model]
     family = spec["family"]
+    if family.package and importlib.util.find_spec(family.package) is None:
+        raise UserError(f"--model {model} needs a package: pip install {family.package}")
     source = fetch(weights or spec["repo"], "--weights")
     if not (source / "model_index.json").is_file():
         raise UserError(
             f"--weights {source} is no diffusers pipeline folder: it has no model_index.json (what --export writes is "
-    if family.package and importlib.util.find_spec(family.package) is None:
-        raise UserError(f"--model {model} needs a package: pip install {family.package}")
             "a transformer: give it to a pipeline, transformer=...)"
         )
     network, pipeline = (getattr(diffusers, name) for name in (family.network_class, family.pipeline))
@@ -1047,6 +1051,33 @@ def load_adapter(transformer, name, source, trainable=False):
             modules[path].lora_A[name].copy_(A)
             modules[path].lora_B[name].copy_(B)
     return adapter_parameters(transformer, name)
+
+
+def put_below(backbone, sources):
+    """Load adapters that lie, frozen, under every role: what is distilled is the network with them."""
+    for i, source in enumerate(sources):
+        for network in backbone.networks():
+            load_adapter(network, f"teacher_{i}", source)
+        backbone.below += (f"teacher_{i}",)
+
+
+def trained_over(folder, given):
+    """Refuse adapters of a run (`folder` or the one around it has its args.json) without the run's --teacher_lora."""
+    for file in (Path(folder) / "args.json", Path(folder).parent / "args.json"):
+        if file.is_file():
+            with named_failure(f"{file} cannot be read"):
+                was = dict(json.loads(file.read_text()))
+            if set(was.get(BELOW, ())) - {short(source) for source in given}:
+                flags = " ".join(f"--teacher_lora {source}" for source in was["teacher_lora"])
+                raise UserError(f"{folder} was trained over other adapters than are given: add {flags}")
+            return
+
+
+BELOW = "teacher_lora, sha256"  # in a run's args.json
+
+
+def short(source):
+    return fingerprint(source)[:16]
 
 
 def merge_adapters(transformer, names):
@@ -1366,6 +1397,7 @@ class Run:
         later = [p for p in step_folders(self.out) if int(p.name[5:]) > self.start]
         self.stale = [p for p in (*later, *partial, *self.out.glob("final")) if p.is_dir() and p != resumed]
         self.stop, self.heldout = StopSignal(), None
+        self.pin("teacher_lora", [fingerprint(source) for source in args.teacher_lora], before=[])
 
     def take_lock(self):
         """Lock --out for this process group: taken before the look into the folder, held to the end."""
@@ -1426,11 +1458,13 @@ class Run:
             )
         return state
 
-    def pin(self, flag, value):
-        """A value that must be what it was when the run began, else the flag is refused."""
+    def pin(self, flag, value, before=None):
+        """A value that must be what it was when the run began, else the flag is refused. before: of older runs."""
         self.pinned[flag] = value
-        if self.state and self.state.get(flag, value) != value:
-            raise UserError(f"--{flag} {getattr(self.args, flag)}: not the adapters that this run began with")
+        if self.state and self.state.get(flag, value if before is None else before) != value:
+            given = getattr(self.args, flag)
+            given = " ".join(map(str, given)) or "left out" if isinstance(given, list) else given
+            raise UserError(f"--{flag} {given}: not the adapters that this run began with")
 
     def load_backbone(self):
         a = self.args
@@ -1438,6 +1472,7 @@ class Run:
         placed = a.shard, a.offload_frozen, a.frozen_dtype
         backbone = load(*sources, self.device, dtype, a.resolution, True, *placed)
         backbone.offload_encoders = a.offload_encoders
+        put_below(backbone, a.teacher_lora)
         return backbone
 
     def adapters(self, networks, rank, init_std=None):
@@ -1464,6 +1499,9 @@ class Run:
         if self.rank == 0:
             digest = hashlib.sha256(json.dumps(pairs, default=str).encode()).hexdigest()[:16]
             data = {"world size": self.world_size, "prompts read": f"{len(pairs)}, sha256 {digest}"}
+            data |= {BELOW: [short(source) for source in self.args.teacher_lora]}
+            for source in self.args.teacher_lora:
+                print(f"frozen under all roles: {source}")
             with named_failure(f"cannot write to --out {self.args.out}"):
                 self.open_log(json.loads(json.dumps(vars(self.args), default=str)) | data)
 

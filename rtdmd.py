@@ -307,6 +307,7 @@ def main(args):
     # set-up: run folder, prompts, rewards, networks and their adapters, optimisers
     run = models.Run(args, "epochs", __file__)
     run.pin("distilled", [models.fingerprint(args.distilled / name) for name in ("generator_ema", "fake")])
+    models.trained_over(args.distilled, args.teacher_lora)
     if run.finished:
         return
     per_rank = args.batch_size * args.batches

@@ -42,6 +42,8 @@ def parse_args(argv=None):
     add("--weights", help="pipeline folder or hub id in place of the published one (FLUX.2's student: its own)")
     add("--resolution", type=at_least(1), help="pixels a side (default: 1024, the classroom's 64, sana and prx: 512)")
     add("--lora", action="append", default=[], type=models.path, help="adapter; repeat to stack, applied in order")
+    below = dict(action="append", default=[], type=models.path)
+    add("--teacher_lora", **below, help="adapter below them and of the teacher too, as in training; repeat to stack")
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
     add("--prompts", type=models.path, help=".txt, .jsonl, .json, .csv or .tsv (default: classroom captions, held out)")
     add("--n_images", type=at_least(1), help="the first n prompts (classroom default 48, else all of the file)")
@@ -217,9 +219,12 @@ def main(args):
     with models.named_failure(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # may files be made here? Known before the models load
-    if args.export_lora:
-        return export_lora(args.lora, args.export_lora) if rank == 0 else None
+    stack = [*args.teacher_lora, *args.lora]
     for folder in args.lora:
+        models.trained_over(folder, stack)
+    if args.export_lora:
+        return export_lora(stack, args) if rank == 0 else None
+    for folder in stack:
         models.read_adapter(folder)  # is it whole? Known before the models load
     scorers = None
     if weights or args.fd_reference:
@@ -230,6 +235,7 @@ def main(args):
     student = models.BACKBONES[args.model].get("student") if args.few_step or args.lora else None
     placement = dict(device=device, dtype=dtype, resolution=args.resolution, with_student=False)
     backbone = models.load(args.model, args.weights or student, **placement)
+    models.put_below(backbone, args.teacher_lora)
     for i, folder in enumerate(args.lora):
         models.load_adapter(backbone.transformer, f"lora_{i}", folder)
     backbone.roles["generator"] = tuple(f"lora_{i}" for i in range(len(args.lora)))
@@ -312,7 +318,7 @@ def sampler(args):
 def export(backbone, folder):
     """Write config.json and the merged weights, as diffusers' from_pretrained reads a transformer."""
     network = backbone.transformer
-    state = models.merge_adapters(network, backbone.roles["generator"])
+    state = models.merge_adapters(network, (*backbone.below, *backbone.roles["generator"]))
     with torch.device("meta"):
         merged = type(network).from_config(network.config)
     merged.load_state_dict(state, assign=True)
@@ -327,9 +333,9 @@ def export(backbone, folder):
     print(f'{folder}: {name}.from_pretrained("{folder}"), or transformer= of the pipeline; sample it with few steps')
 
 
-def export_lora(folders, file):
+def export_lora(folders, args):
     """Write the adapters as one, since B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2]; its rank is the sum of theirs."""
-    stack = [models.read_adapter(folder)[0] for folder in folders]
+    stack, file = [models.read_adapter(folder)[0] for folder in folders], args.export_lora
     layers, aside = {}, file.with_name(f".{file.name}.partial")
     with models.named_failure(f"cannot write --export_lora {file}"):
         for path in sorted({path for adapter in stack for path in adapter}):
@@ -341,7 +347,12 @@ def export_lora(folders, file):
             aside.rename(file)
         finally:
             aside.unlink(missing_ok=True)
-    print(f"{file}: {len(stack)} adapters as one, as --lora and diffusers' load_lora_weights read it")
+    family = models.BACKBONES[args.model]["family"]
+    here = f"--lora reads it; diffusers has no LoRA loader for {family.pipeline}: give it --export's transformer"
+    print(
+        f"{file}: {len(stack)} adapters as one, as "
+        + ("--lora and diffusers' load_lora_weights read it" if family.lora_loader else here)
+    )
 
 
 def plain(value):
