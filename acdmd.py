@@ -28,6 +28,8 @@ import rewards
 from models import add_to, at_least, between, cps_step, per_sample, seeded, step_optimizer
 
 PRESETS = {  # published settings of each backbone, and measured ones of the classroom
+    "sana": dict(lr=3e-5, lr_fake=3e-5),  # SD3's, not published for it; nor for prx
+    "prx": dict(lr=3e-5, lr_fake=3e-5),
     "sd3": dict(lr=3e-5, lr_fake=3e-5),
     "sd35": dict(lr=3e-5, lr_fake=3e-5),
     "flux1": dict(lr=3e-5, lr_fake=3e-5),

@@ -14,6 +14,7 @@ import errno
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -84,19 +85,12 @@ FEW_STEPS = (1000, 750, 500, 250)  # raw timesteps of the four-step schedule, be
 def few_step_sigmas(scheduler, steps, image_tokens=None, family="sd3"):
     """Noise levels of a few-step schedule, the closing 0 included (App. K). steps: raw timesteps such as FEW_STEPS.
 
-    The shift is the diffusers scheduler's own; where it depends on the picture's size, FLUX.2-klein has an empirical
-    mu of (image tokens, number of steps), the others one that is linear in the image tokens.
+    The shift is the diffusers scheduler's own; where it depends on the picture's size, it is the family's `shift_mu`.
     """
-    config, mu = scheduler.config, None
-    if config.use_dynamic_shifting and family == "flux2":
-        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-
-        mu = compute_empirical_mu(image_tokens, len(steps))
-    elif config.use_dynamic_shifting:
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        c = config
-        mu = calculate_shift(image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    mu = None
+    if scheduler.config.use_dynamic_shifting:
+        own = next(cls for cls in Backbone.__subclasses__() if cls.family == family)
+        mu = own.shift_mu(scheduler.config, image_tokens, len(steps))
     scheduler.set_timesteps(sigmas=[step / 1000 for step in steps], mu=mu)
     return scheduler.sigmas.tolist()
 
@@ -257,14 +251,18 @@ class Backbone:
         fake        transformer      fake                    fake, fake_rl
 
     `student` is `transformer`, but for FLUX.2, whose generator starts from weights of its own. The stage fills in
-    `roles`, {role: names of its adapters}. A subclass a family says what differs:
+    `roles`, {role: names of its adapters}. A subclass a family says what differs (docs/backbones.md):
+        pipeline, network_class, lora_targets               names in diffusers; ends of the paths that take adapters
         patch -> latent pixels a side of one token          shape(side) -> latent_shape, side in VAE latent pixels
         encode_texts(prompts) -> {keyword of the transformer: [B, ...]}
         predict(network, x, sigma, cond, guidance_scale) -> one forward, [B, C, H, W] in and out, packing inside
+        vae_latents(latents) -> what the VAE decodes
     """
 
-    lora_targets = ATTENTION
     embedded_guidance = False  # the guidance scale is an input of the network, not a second pass
+    even_levels = False  # the pipeline spaces its levels evenly before the shift; else the scheduler makes its own
+    lora_loader = True  # the pipeline has a load_lora_weights that fits its transformer
+    package = None  # one that the pipeline needs beside ours
 
     def __init__(self, pipe, resolution, text_tokens, device="cpu", dtype=torch.float32, student=None):
         self.pipe, self.device, self.dtype, self.text_tokens = pipe, torch.device(device), dtype, text_tokens
@@ -286,6 +284,7 @@ class Backbone:
         for network in self.networks():
             prepare_for_lora(network, self.lora_targets, self.device)
         self.roles = {"teacher": (), "generator": (), "fake": ()}
+        self.below = ()  # frozen adapters under every role: --teacher_lora
         self._embeddings = {}  # prompt -> {name: its row}, on the CPU
         self._position_ids = {}
         self.evaluations = 0  # of the network by one sample since the last log line; with gradient they count twice
@@ -343,7 +342,7 @@ class Backbone:
             cond = {key: torch.cat([uncond[key].expand_as(cond[key]), cond[key]]) for key in cond}
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         self.evaluations += len(x) * (1 + torch.is_grad_enabled())  # a frozen base's backward costs one forward
-        with adapters(network, *self.roles[role]), self.autocast():
+        with adapters(network, *self.below, *self.roles[role]), self.autocast():
             v = self.predict(network, x, sigma, cond, guidance_scale).float()
         if guided:
             v_uncond, v_cond = v.chunk(2)  # NOTE(paper): the release runs FLUX's two passes one after the other
@@ -376,17 +375,32 @@ class Backbone:
         z = self.vae_latents(latents)
         return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
+    @property
+    def patch(self):
+        return self.transformer.config.patch_size
+
+    def shape(self, side):
+        return (self.transformer.config.in_channels, side, side)
+
     def vae_latents(self, latents):
-        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
 
     def sigmas(self, steps=FEW_STEPS):
         """Noise levels ending in 0.0: of few raw timesteps, or of the pipeline's own schedule of `steps` steps."""
-        if isinstance(steps, int) and self.family == "sd3":
+        if isinstance(steps, int) and not self.even_levels:
             self.scheduler.set_timesteps(steps)
             return self.scheduler.sigmas.tolist()
-        if isinstance(steps, int):  # FLUX's pipelines begin with evenly spaced levels
+        if isinstance(steps, int):
             steps = [1000 * (1 - i / steps) for i in range(steps)]
         return few_step_sigmas(self.scheduler, steps, self.image_tokens, self.family)
+
+    @staticmethod
+    def shift_mu(config, image_tokens, steps):
+        """Of a scheduler whose shift depends on the picture's size: log of the shift, linear in the image tokens."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        c = config
+        return calculate_shift(image_tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
 
 
 class SD3(Backbone):
@@ -394,13 +408,7 @@ class SD3(Backbone):
 
     family = "sd3"
     pipeline, network_class = "StableDiffusion3Pipeline", "SD3Transformer2DModel"
-
-    @property
-    def patch(self):
-        return self.transformer.config.patch_size
-
-    def shape(self, side):
-        return (self.transformer.config.in_channels, side, side)
+    lora_targets = ATTENTION
 
     def encode_texts(self, prompts):
         options = dict(device=self.device, max_sequence_length=self.text_tokens, do_classifier_free_guidance=False)
@@ -417,7 +425,8 @@ class Flux1(Backbone):
 
     family = "flux1"
     pipeline, network_class = "FluxPipeline", "FluxTransformer2DModel"
-    patch = 2
+    lora_targets = ATTENTION
+    patch, even_levels = 2, True
 
     def __init__(self, pipe, *args, **kwargs):
         self.embedded_guidance = pipe.transformer.config.guidance_embeds
@@ -459,7 +468,7 @@ class Flux2(Backbone):
     family = "flux2"
     pipeline, network_class = "Flux2KleinPipeline", "Flux2Transformer2DModel"
     lora_targets = (*ATTENTION, "attn.to_qkv_mlp_proj", "attn.to_out")  # the last two: single-stream blocks
-    patch = 2
+    patch, even_levels = 2, True
 
     def shape(self, side):
         return (self.transformer.config.in_channels, side // 2, side // 2)
@@ -488,20 +497,77 @@ class Flux2(Backbone):
         mean, var = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
         return self.pipe._unpatchify_latents(latents * (var + self.vae.config.batch_norm_eps).sqrt() + mean)
 
+    @staticmethod
+    def shift_mu(config, image_tokens, steps):
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return compute_empirical_mu(image_tokens, steps)
+
+
+class Sana(Backbone):
+    """SANA: SanaPipeline. Latents [32, side / 32, side / 32] of the DC-AE, each pixel a token."""
+
+    family = "sana"
+    pipeline, network_class = "SanaPipeline", "SanaTransformer2DModel"
+    lora_targets = tuple(f"attn{i}.{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0"))
+    even_levels = True
+
+    def __init__(self, pipe, *args, **kwargs):
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        if "flow_shift" in pipe.scheduler.config:  # DPM-Solver walks the same levels, but takes none of ours
+            pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)
+        super().__init__(pipe, *args, **kwargs)
+
+    def encode_texts(self, prompts):
+        """As the pipeline does: prompts behind an instruction to a language model, the negative one without."""
+        options = dict(device=self.device, max_sequence_length=self.text_tokens, do_classifier_free_guidance=False)
+        told = inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default
+        rows = [self.pipe.encode_prompt(p, complex_human_instruction=told if p else None, **options) for p in prompts]
+        embeds, masks = (torch.cat(column) for column in list(zip(*rows, strict=True))[:2])
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": masks}
+
+    def predict(self, network, x, sigma, cond, guidance_scale):
+        timestep = 1000 * sigma * network.config.timestep_scale
+        return network(hidden_states=x.to(self.dtype), timestep=timestep, **cond, return_dict=False)[0]
+
+
+class PRX(Backbone):
+    """PRX: PRXPipeline. Latents of FLUX.1's VAE [16, side / 8, side / 8], 2x2 a token, or the DC-AE's as SANA's."""
+
+    family = "prx"
+    pipeline, network_class = "PRXPipeline", "PRXTransformer2DModel"
+    lora_targets = ("attention.img_qkv_proj", "attention.txt_kv_proj", "attention.to_out.0")
+    package, lora_loader = "ftfy", False  # ftfy cleans the prompts
+
+    def encode_texts(self, prompts):
+        options = dict(tokenizer_max_length=self.text_tokens, do_classifier_free_guidance=False)
+        embeds, mask, *_ = self.pipe.encode_prompt(prompts, self.device, **options)
+        return {"encoder_hidden_states": embeds, "attention_mask": mask}
+
+    def predict(self, network, x, sigma, cond, guidance_scale):
+        return network(hidden_states=x.to(self.dtype), timestep=sigma, **cond, return_dict=False)[0]
+
 
 CLASSROOM = Path(__file__).resolve().parent / "classroom"
 KLEIN = "black-forest-labs/FLUX.2-klein"
-BACKBONES = {  # facts of each; settings are in a stage's PRESETS. resolution: pixels a side; text_tokens: of T5 or Qwen
+# facts of each; settings are in a stage's PRESETS. resolution: pixels a side; pictures: of sample.py's, where others;
+# text_tokens: of T5, Qwen or Gemma; guidance: the teacher's; student: what the generator starts from, where other
+BACKBONES = {
     "classroom": dict(family=SD3, repo=CLASSROOM / "teacher", resolution=64, text_tokens=2, guidance=3.0),  # T5 is mute
+    "sana": dict(family=Sana, repo="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512)
+    | dict(text_tokens=300, guidance=4.5),
+    "prx": dict(family=PRX, repo="Photoroom/prx-512-t2i-sft", resolution=512, text_tokens=256, guidance=5.0),
     "sd3": dict(family=SD3, repo="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024)
-    | dict(text_tokens=128, guidance=7.0),
+    | dict(text_tokens=128, guidance=7.0, pictures=1024),
     "sd35": dict(family=SD3, repo="stabilityai/stable-diffusion-3.5-medium", resolution=512)
-    | dict(text_tokens=128, guidance=4.5),
-    "flux1": dict(family=Flux1, repo="black-forest-labs/FLUX.1-dev", resolution=512, text_tokens=512, guidance=3.5),
+    | dict(text_tokens=128, guidance=4.5, pictures=1024),
+    "flux1": dict(family=Flux1, repo="black-forest-labs/FLUX.1-dev", resolution=512, text_tokens=512, guidance=3.5)
+    | dict(pictures=1024),
     "flux2-4b": dict(family=Flux2, repo=f"{KLEIN}-base-4B", resolution=512, text_tokens=512, guidance=4.0)
-    | dict(student=f"{KLEIN}-4B"),  # the student starts from the step-distilled release
+    | dict(pictures=1024, student=f"{KLEIN}-4B"),  # the student starts from the step-distilled release
     "flux2-9b": dict(family=Flux2, repo=f"{KLEIN}-base-9B", resolution=512, text_tokens=512, guidance=4.0)
-    | dict(student=f"{KLEIN}-9B"),
+    | dict(pictures=1024, student=f"{KLEIN}-9B"),
 }
 
 
@@ -558,6 +624,8 @@ def add_run_flags(p, presets, out, unit, every):
     place = lambda text: str(path(text).absolute()) if path(text).is_dir() else text  # noqa: E731 (else a hub id)
     add("--weights", type=place, help="diffusers pipeline folder or hub id in place of the published one")
     add("--generator_weights", type=place, help="the same for the generator (FLUX.2: its step-distilled release)")
+    below = dict(action="append", default=[], type=path)
+    add("--teacher_lora", **below, help="adapter, a style's for example, frozen under all roles; repeat to stack")
     add("--resolution", type=at_least(1), help="pixels a side (default: the backbone's)")
     add("--out", type=path, default=Path(out), help="run folder")
     add("--resume", type=path, help="run or step_NNNNNN folder to go on from, with its settings where none are given")
@@ -585,6 +653,7 @@ def parse_with_preset(p, presets, argv=None):
     p.set_defaults(guidance_scale=BACKBONES[known.model]["guidance"])
     p.set_defaults(**presets[known.model])
     own = {"out": p.get_default("out"), "resume": None}
+    own |= {"teacher_lora": []} if known.teacher_lora else {}  # else what is given would follow the saved ones
     if known.resume and (known.resume / "args.json").is_file():
         with contextlib.suppress(ValueError):  # a torn one is named when the checkpoint is read
             saved = json.loads((known.resume / "args.json").read_text())
@@ -703,6 +772,8 @@ def load(
     quiet_libraries()
     spec = BACKBONES[model]
     family = spec["family"]
+    if family.package and importlib.util.find_spec(family.package) is None:
+        raise UserError(f"--model {model} needs a package: pip install {family.package}")
     source = fetch(weights or spec["repo"], "--weights")
     if not (source / "model_index.json").is_file():
         raise UserError(
@@ -1018,6 +1089,33 @@ def load_adapter(transformer, name, source, trainable=False, any_base=False):
     return adapter_parameters(transformer, name)
 
 
+def put_below(backbone, sources):
+    """Load adapters that lie, frozen, under every role: what is distilled is the network with them."""
+    for i, source in enumerate(sources):
+        for network in backbone.networks():
+            load_adapter(network, f"teacher_{i}", source)
+        backbone.below += (f"teacher_{i}",)
+
+
+def trained_over(folder, given):
+    """Refuse adapters of a run (`folder` or the one around it has its args.json) without the run's --teacher_lora."""
+    for file in (Path(folder) / "args.json", Path(folder).parent / "args.json"):
+        if file.is_file():
+            with named_failure(f"{file} cannot be read"):
+                was = dict(json.loads(file.read_text()))
+            if set(was.get(BELOW, ())) - {short(source) for source in given}:
+                flags = " ".join(f"--teacher_lora {source}" for source in was["teacher_lora"])
+                raise UserError(f"{folder} was trained over other adapters than are given: add {flags}")
+            return
+
+
+BELOW = "teacher_lora, sha256"  # in a run's args.json
+
+
+def short(source):
+    return fingerprint(source)[:16]
+
+
 def merge_adapters(transformer, names):
     """State dict of the transformer as published, with the adapters added in: W + 2 B A, in W's dtype."""
     assert not any(isinstance(m, Float8Linear) for m in transformer.modules()), "merge into the weights as published"
@@ -1056,7 +1154,8 @@ def needs_checkpointing(backbone, setting, samples):
 def set_up_blocks(backbone, checkpointing, samples, compiled):
     """Activation checkpointing as the setting and `samples` ask for, the VAE's too, and torch.compile."""
     if needs_checkpointing(backbone, checkpointing, samples):
-        backbone.vae.enable_gradient_checkpointing()
+        if backbone.vae._supports_gradient_checkpointing:  # the DC-AE does not
+            backbone.vae.enable_gradient_checkpointing()
         for network in backbone.networks():
             enable_checkpointing(network)
     if compiled:
@@ -1112,8 +1211,8 @@ def compile_blocks(backbone):
 
 
 def blocks(network):
-    """The transformer blocks: what is sharded and compiled one by one."""
-    return [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", ())]
+    """The transformer blocks, whatever their lists are called: what is sharded and compiled one by one."""
+    return [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
 class Float8Linear(nn.Linear):
@@ -1335,6 +1434,7 @@ class Run:
         later = [p for p in step_folders(self.out) if int(p.name[5:]) > self.start]
         self.stale = [p for p in (*later, *partial, *self.out.glob("final")) if p.is_dir() and p != resumed]
         self.stop, self.heldout = StopSignal(), None
+        self.pin("teacher_lora", {"all": [fingerprint(source) for source in args.teacher_lora]}, before={"all": []})
 
     def take_lock(self):
         """Lock --out for this process group: taken before the look into the folder, held to the end."""
@@ -1395,12 +1495,15 @@ class Run:
             )
         return state
 
-    def pin(self, flag, value):
-        """Parts of a value {part: number} that must be what they were when the run began, else the flag is refused."""
+    def pin(self, flag, value, before=None):
+        """Parts of a value {part: number} that must be what they were when the run began, else the flag is refused.
+        before: what runs had that did not save it."""
         self.pinned[flag] = value
-        was = self.state.get(flag) if self.state else None
+        was = (self.state or {}).get(flag, before)
         if isinstance(was, dict) and any(was.get(part, now) != now for part, now in value.items()):
-            raise UserError(f"--{flag} {getattr(self.args, flag)}: not the adapters that this run began with")
+            given = getattr(self.args, flag)
+            given = " ".join(map(str, given)) or "left out" if isinstance(given, list) else given
+            raise UserError(f"--{flag} {given}: not the adapters that this run began with")
 
     def load_backbone(self):
         a = self.args
@@ -1409,6 +1512,7 @@ class Run:
         self.print(f"device {self.device}, networks in {a.dtype}, processes: {self.world_size}")
         backbone = load(*sources, self.device, dtype, a.resolution, True, *placed)
         backbone.offload_encoders = a.offload_encoders
+        put_below(backbone, a.teacher_lora)
         return backbone
 
     def adapters(self, networks, rank, init_std=None):
@@ -1439,6 +1543,9 @@ class Run:
             digest = hashlib.sha256(json.dumps(pairs, default=str).encode()).hexdigest()[:16]
             data = {"world size": self.world_size, "prompts read": f"{len(pairs)}, sha256 {digest}"}
             data["base"] = getattr(backbone and backbone.transformer, "base", None)
+            data |= {BELOW: [short(source) for source in self.args.teacher_lora]}
+            for source in self.args.teacher_lora:
+                print(f"frozen under all roles: {source}")
             with named_failure(f"cannot write to --out {self.args.out}"):
                 settings = json.dumps(vars(self.args), default=lambda place: str(place.absolute()))
                 self.open_log(json.loads(settings) | data)

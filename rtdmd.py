@@ -39,6 +39,8 @@ from models import add_to, at_least, between, cps_mean, cps_step, per_sample, se
 DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
 PRESETS = {
+    "sana": dict(group_size=24, batch_size=9, batches=16),  # SD3.5's, not published for it; nor for prx
+    "prx": dict(group_size=24, batch_size=9, batches=16),
     "sd3": dict(group_size=16, batch_size=2, batches=16),
     "sd35": dict(group_size=24, batch_size=9, batches=16),
     "flux1": dict(group_size=24, batch_size=3, batches=16, lr_fake=1e-6, gamma=0.0),
@@ -337,6 +339,7 @@ def main(args):
     # set-up: run folder, prompts, rewards, networks and their adapters, optimisers
     run, below = models.Run(args, "epochs", __file__, NO_PULL), stage_1(args.distilled, args.dm_weight)
     run.pin("distilled", {role: models.fingerprint(source) for role, source in below.items()})
+    models.trained_over(args.distilled, args.teacher_lora)
     if run.finished:
         return
     per_rank = args.batch_size * args.batches

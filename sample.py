@@ -10,7 +10,8 @@
 
 A student (--lora) walks the few-step schedule with CPS, whatever the number of --steps; so does the base model in 4
 steps. Else, and with a --guidance_scale for the student, it is the teacher's sampler: the pipeline's own schedule,
-Euler, guided. Pictures are 1024 pixels a side, as published (the classroom's 64), whatever the training's were.
+Euler, guided. Pictures are 1024 pixels a side, as published (the classroom's 64, sana's and prx's 512), whatever the
+training's were.
 Writes to --out: 00000.png, ... , scores.jsonl as they are made, then grid.png and metadata.json (settings, prompts and,
 with --eval, scores). The same command goes on after a stop. Several processes give the pictures and scores of one.
 """
@@ -40,8 +41,10 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--model", default="classroom", choices=models.BACKBONES, help="backbone")
     add("--weights", help="pipeline folder or hub id in place of the published one (FLUX.2's student: its own)")
-    add("--resolution", type=at_least(1), help="pixels a side (default: 1024, the classroom's 64)")
+    add("--resolution", type=at_least(1), help="pixels a side (default: 1024, the classroom's 64, sana and prx: 512)")
     add("--lora", action="append", default=[], type=models.path, help="adapter; repeat to stack, applied in order")
+    below = dict(action="append", default=[], type=models.path)
+    add("--teacher_lora", **below, help="adapter below them and of the teacher too, as in training; repeat to stack")
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
     add("--prompts", type=models.path, help=".txt, .jsonl, .json, .csv or .tsv (default: classroom captions, held out)")
     add("--n_images", type=at_least(1), help="the first n prompts (classroom default 48, else all of the file)")
@@ -68,7 +71,7 @@ def parse_args(argv=None):
     if args.guidance_scale is None:
         args.guidance_scale = 1.0 if args.few_step else models.BACKBONES[args.model]["guidance"]
     if args.resolution is None:
-        args.resolution = models.BACKBONES["classroom"]["resolution"] if args.model == "classroom" else 1024
+        args.resolution = models.BACKBONES[args.model].get("pictures", models.BACKBONES[args.model]["resolution"])
     args.batch_size = args.batch_size or min(50, max(1, 8 * 1024**2 // args.resolution**2))
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
@@ -236,8 +239,13 @@ def main(args):
     with models.named_failure(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # may files be made here? Known before the models load
+    stack = [*args.teacher_lora, *args.lora]
+    for folder in args.lora:
+        models.trained_over(folder, stack)
     if args.export_lora:
-        return export_lora(args.lora, args.export_lora) if rank == 0 else None
+        return export_lora(stack, args) if rank == 0 else None
+    for folder in stack:
+        models.read_adapter(folder)  # is it whole? Known before the models load
     scorers = None
     if weights or args.fd_reference:
         size = args.reward_batch_size or args.batch_size
@@ -252,6 +260,7 @@ def main(args):
         device=device, dtype=None if args.export else dtype, resolution=args.resolution, with_student=False
     )
     backbone = models.load(args.model, args.weights or student, **placement)
+    models.put_below(backbone, args.teacher_lora)
     for i, folder in enumerate(args.lora):
         models.load_adapter(backbone.transformer, f"lora_{i}", folder, any_base=True)
     backbone.roles["generator"] = tuple(f"lora_{i}" for i in range(len(args.lora)))
@@ -329,7 +338,7 @@ def sampler(args):
 def export(backbone, folder):
     """Write config.json and the merged weights, as diffusers' from_pretrained reads a transformer."""
     network = backbone.transformer
-    state = models.merge_adapters(network, backbone.roles["generator"])
+    state = models.merge_adapters(network, (*backbone.below, *backbone.roles["generator"]))
     with torch.device("meta"):
         merged = type(network).from_config(network.config)
     merged.load_state_dict(state, assign=True)
@@ -344,9 +353,9 @@ def export(backbone, folder):
     print(f'{folder}: {name}.from_pretrained("{folder}"), or transformer= of the pipeline; sample it with few steps')
 
 
-def export_lora(folders, file):
+def export_lora(folders, args):
     """Write the adapters as one, since B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2]; its rank is the sum of theirs."""
-    stack = [models.read_adapter(folder)[0] for folder in folders]
+    stack, file = [models.read_adapter(folder)[0] for folder in folders], args.export_lora
     layers, aside = {}, file.with_name(f".{file.name}.partial")
     with models.named_failure(f"cannot write --export_lora {file}"):
         for path in sorted({path for adapter in stack for path in adapter}):
@@ -359,7 +368,12 @@ def export_lora(folders, file):
             aside.rename(file)
         finally:
             aside.unlink(missing_ok=True)
-    print(f"{file}: {len(stack)} adapters as one, as --lora and diffusers' load_lora_weights read it")
+    family = models.BACKBONES[args.model]["family"]
+    here = f"--lora reads it; diffusers has no LoRA loader for {family.pipeline}: give it --export's transformer"
+    print(
+        f"{file}: {len(stack)} adapters as one, as "
+        + ("--lora and diffusers' load_lora_weights read it" if family.lora_loader else here)
+    )
 
 
 def plain(value):

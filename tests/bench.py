@@ -45,7 +45,10 @@ import rtdmd  # noqa: E402
 SD3 = dict(sample_size=128, attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=1536)
 SD3 |= dict(pooled_projection_dim=2048, in_channels=16, out_channels=16, patch_size=2, num_layers=24)
 SD3 |= dict(num_attention_heads=24)
-PUBLISHED = {  # model -> numbers of its transformer
+PUBLISHED = {  # model -> numbers of its transformer (sana, prx: as diffusers' scripts/convert_*_to_diffusers.py say)
+    "sana": dict(num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72)
+    | dict(cross_attention_dim=1152, sample_size=16),
+    "prx": {},
     "sd3": SD3 | dict(pos_embed_max_size=192),
     "sd35": SD3 | dict(pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
     "flux1": dict(guidance_embeds=True),
@@ -54,7 +57,10 @@ PUBLISHED = {  # model -> numbers of its transformer
     "flux2-9b": dict(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288)
     | dict(guidance_embeds=False),
 }
-TEXT = {"sd3": 205, "flux1": 512, "flux2": 512}  # tokens; SD3: 77 of CLIP and 128 of T5
+TEXT = {"sana": 300, "prx": 256, "sd3": 205, "flux1": 512, "flux2": 512}  # tokens; SD3: 77 of CLIP and 128 of T5
+DEEP = dict(attention_head_dim=32, upsample_block_type="interpolate", downsample_block_type="conv")  # SANA's DC-AE
+DEEP |= {f"{side}_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3 for side in ("encoder", "decoder")}
+DEEP |= {f"{side}_qkv_multiscales": ((), (), (), (5,), (5,), (5,)) for side in ("encoder", "decoder")}
 
 
 def random_backbone(model, device, dtype, resolution=None):
@@ -74,6 +80,8 @@ def random_backbone(model, device, dtype, resolution=None):
     wide |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     if family is models.Flux2:
         vae = diffusers.AutoencoderKLFlux2()
+    elif family is models.Sana:
+        vae = diffusers.AutoencoderDC(**DEEP, scaling_factor=0.41407)
     else:
         vae = diffusers.AutoencoderKL(
             **wide,
@@ -83,21 +91,26 @@ def random_backbone(model, device, dtype, resolution=None):
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
-    dynamic = family is not models.SD3
+    dynamic = family in (models.Flux1, models.Flux2)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         shift=3.0, use_dynamic_shifting=dynamic, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
     )
     pipeline = getattr(diffusers, family.pipeline)
     names = "_pack_latents _unpack_latents _prepare_latent_image_ids _prepare_latent_ids _prepare_text_ids".split()
     pipe = SimpleNamespace(**{n: getattr(pipeline, n) for n in [*names, "_unpatchify_latents"] if hasattr(pipeline, n)})
-    pipe.transformer, pipe.vae, pipe.scheduler, pipe.vae_scale_factor = networks[0], vae.to(dtype), scheduler, 8
+    pipe.transformer, pipe.vae, pipe.scheduler = networks[0], vae.to(dtype), scheduler
+    pipe.vae_scale_factor = getattr(vae, "spatial_compression_ratio", 8)
     student = networks[1] if len(networks) > 1 else None
     backbone = family(pipe, resolution or spec["resolution"], spec["text_tokens"], device, dtype, student)
     models.shard(backbone)
     config = networks[0].config
-    cond = {"encoder_hidden_states": torch.randn(TEXT[family.family], config.joint_attention_dim)}
-    if family is not models.Flux2:
+    width = next(config[n] for n in ("joint_attention_dim", "caption_channels", "context_in_dim") if n in config)
+    cond = {"encoder_hidden_states": torch.randn(TEXT[family.family], width)}
+    if "pooled_projection_dim" in config:
         cond["pooled_projections"] = torch.randn(config.pooled_projection_dim)
+    if family in (models.Sana, models.PRX):
+        mask = "encoder_attention_mask" if family is models.Sana else "attention_mask"
+        cond[mask] = torch.ones(TEXT[family.family])
     backbone._embeddings = {prompt: {k: v.to(dtype) for k, v in cond.items()} for prompt in ("", "a prompt")}
     return backbone
 
@@ -284,11 +297,11 @@ def peaks(backbone, n, one, scorers, checkpointing=False, only=""):
 
 
 # GB in bf16 of what encodes the text, from the published parameter counts: CLIP L .124, CLIP G .695, T5-XXL 4.762,
-# Qwen3 4B 4.022 and 8B 8.191 billion
-ENCODERS = {"sd3": 11.16, "sd35": 11.16, "flux1": 9.77, "flux2-4b": 8.04, "flux2-9b": 16.38}
+# Qwen3 4B 4.022 and 8B 8.191, Gemma 2 2B (SANA's) and T5Gemma 2B's encoder (PRX's) 2.614 billion
+ENCODERS = {"sana": 5.23, "prx": 5.23, "sd3": 11.16, "sd35": 11.16, "flux1": 9.77, "flux2-4b": 8.04, "flux2-9b": 16.38}
 # GB in fp32 of clipscore, hpsv2, pickscore and geneval's detector, the published set
 REWARDS = [4 * billions for billions in (0.428, 0.986, 0.986, 0.069)]
-GPUS = {"sd3": 16, "sd35": 8, "flux1": 32, "flux2-4b": 16, "flux2-9b": 32}  # of the published stage 2; stage 1: 8
+GPUS = {"sana": 8, "prx": 8, "sd3": 16, "sd35": 8, "flux1": 32, "flux2-4b": 16, "flux2-9b": 32}  # stage 2's; 1: 8
 
 
 def plan(model, args):

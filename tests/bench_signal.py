@@ -64,6 +64,7 @@ class Signal:
         device = models.setup_distributed(args.device)[2]
         dtype = getattr(torch, args.dtype)
         self.backbone = models.load(args.model, args.weights, args.generator_weights, device, dtype, args.resolution)
+        models.put_below(self.backbone, args.teacher_lora)
         self.backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake",)}
         frozen = models.load_adapter(self.backbone.student, "distilled", args.distilled / "generator_ema")
         models.load_adapter(self.backbone.transformer, "fake", args.distilled / "fake")
@@ -155,7 +156,7 @@ class Signal:
             return rtdmd.matching_gradient(self.backbone, cond, x0_hat, noise, args.guidance_scale)[1]
 
         def reward(texts, cond, x0_hat, rows):
-            return rtdmd.reward_gradient(self.backbone, self.scorers, texts, x0_hat, args.reward_margin)[1]
+            return rtdmd.reward_gradient(self.backbone, self.scorers, texts, dict(picked), x0_hat, args.reward_margin)[1]
 
         n = n_images * (args.last_step_batch or args.batch_size) // args.batch_size
         found["leash (dm_weight)"] = self.gradient(last_step(leash, args.dm_weight), n)

@@ -63,7 +63,7 @@ def test_renoising_keeps_the_level(shape, sigma_s, share, seed):
 
 @given(
     st.lists(st.integers(1, 1000), min_size=1, max_size=8, unique=True),
-    st.sampled_from(["sd3", "flux1", "flux2"]),
+    st.sampled_from(["sd3", "flux1", "flux2", "sana", "prx"]),
     st.booleans(),
     st.integers(16, 8192),
 )

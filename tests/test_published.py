@@ -120,7 +120,7 @@ def test_numbers_that_no_key_shows():
 
 
 FLUX = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
-SCHEDULERS = {"sd3": {}, "sd35": {}, "flux1": FLUX, "flux2-4b": FLUX, "flux2-9b": FLUX}  # all with shift 3
+SCHEDULERS = {"flux1": FLUX, "flux2-4b": FLUX, "flux2-9b": FLUX}  # beside shift 3, which all have
 TRANSFORMERS = {  # tensors; numbers in them (SD3: with its table of positions); start of the sha256, with shapes or not
     "sd3": (None, 2_084_951_104, None, None),
     "sd35": (909, 2.47e9, None, None),  # the file has 4.94 GB in two bytes a number
@@ -129,6 +129,8 @@ TRANSFORMERS = {  # tensors; numbers in them (SD3: with its table of positions);
     "flux2-9b": (233, None, "293c43ce341a7032", True),
 }
 LEVELS = {  # of four steps; FLUX: at 512 x 512
+    "sana": (1, 0.9, 0.75, 0.5),
+    "prx": (1, 0.9, 0.75, 0.5),
     "sd3": (1, 0.9, 0.75, 0.5),
     "sd35": (1, 0.9, 0.75, 0.5),
     "flux1": (1, 0.849, 0.652, 0.385),
@@ -151,9 +153,73 @@ def test_transformers_have_the_published_tensors(model):
     )
 
 
+# The files' keys and shapes as diffusers' scripts/convert_{sana,prx}_to_diffusers.py write them, in blocks and beside.
+KEYS = {
+    "sana": """
+        scale_shift_table 6 1152
+        attn1.to_q.weight 1152 1152, attn1.to_k.weight 1152 1152, attn1.to_v.weight 1152 1152
+        attn1.to_out.0.weight 1152 1152, attn1.to_out.0.bias 1152
+        attn2.to_q.weight 1152 1152, attn2.to_k.weight 1152 1152, attn2.to_v.weight 1152 1152
+        attn2.to_q.bias 1152, attn2.to_k.bias 1152, attn2.to_v.bias 1152
+        attn2.to_out.0.weight 1152 1152, attn2.to_out.0.bias 1152
+        ff.conv_inverted.weight 5760 1152 1 1, ff.conv_inverted.bias 5760
+        ff.conv_depth.weight 5760 1 3 3, ff.conv_depth.bias 5760, ff.conv_point.weight 1152 2880 1 1""",
+    "prx": """
+        attention.img_qkv_proj.weight 5376 1792, attention.txt_kv_proj.weight 3584 1792
+        attention.to_out.0.weight 1792 1792
+        attention.norm_q.weight 64, attention.norm_k.weight 64, attention.norm_added_k.weight 64
+        gate_proj.weight 6272 1792, up_proj.weight 6272 1792, down_proj.weight 1792 6272
+        modulation.lin.weight 10752 1792, modulation.lin.bias 10752""",
+}
+BESIDE = {
+    "sana": """
+        patch_embed.proj.weight 1152 32 1 1, patch_embed.proj.bias 1152
+        caption_projection.linear_1.weight 1152 2304, caption_projection.linear_1.bias 1152
+        caption_projection.linear_2.weight 1152 1152, caption_projection.linear_2.bias 1152
+        time_embed.emb.timestep_embedder.linear_1.weight 1152 256, time_embed.emb.timestep_embedder.linear_1.bias 1152
+        time_embed.emb.timestep_embedder.linear_2.weight 1152 1152, time_embed.emb.timestep_embedder.linear_2.bias 1152
+        time_embed.linear.weight 6912 1152, time_embed.linear.bias 6912, caption_norm.weight 1152
+        proj_out.weight 32 1152, proj_out.bias 32, scale_shift_table 2 1152""",
+    "prx": """
+        img_in.weight 1792 64, img_in.bias 1792, txt_in.weight 1792 2304, txt_in.bias 1792
+        time_in.in_layer.weight 1792 256, time_in.in_layer.bias 1792
+        time_in.out_layer.weight 1792 1792, time_in.out_layer.bias 1792
+        final_layer.linear.weight 64 1792, final_layer.linear.bias 64
+        final_layer.adaLN_modulation.1.weight 3584 1792, final_layer.adaLN_modulation.1.bias 3584""",
+}
+
+
+def shapes_of(text):
+    rows = [row.split() for line in text.split("\n") for row in line.split(",") if row.strip()]
+    return {key: [int(n) for n in shape] for key, *shape in rows}
+
+
+@pytest.mark.parametrize("model, prefix, blocks", (("sana", "transformer_blocks", 28), ("prx", "blocks", 16)))
+def test_the_small_transformers_have_the_keys_that_the_conversion_writes(model, prefix, blocks):
+    network = getattr(diffusers, models.BACKBONES[model]["family"].network_class)
+    with torch.device("meta"):
+        state = network(**bench.PUBLISHED[model]).state_dict()
+    want = shapes_of(BESIDE[model])
+    for i in range(blocks):
+        want |= {f"{prefix}.{i}.{key}": shape for key, shape in shapes_of(KEYS[model]).items()}
+    assert {key: list(value.shape) for key, value in state.items()} == want
+
+
+@pytest.mark.parametrize("steps", (4, 20))
+def test_the_levels_that_stand_in_for_sanas_solver_are_its_own(steps):
+    config = dict(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+    solver = diffusers.DPMSolverMultistepScheduler(**config)
+    solver.set_timesteps(steps)
+    ours = models.few_step_sigmas(
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), [1000 * (1 - i / steps) for i in range(steps)]
+    )
+    assert ours == pytest.approx(solver.sigmas.tolist(), abs=1.5e-3)  # which begins at .9997 and ends at 0
+
+
 @pytest.mark.parametrize("model", LEVELS)
 def test_few_step_levels_are_those_of_the_published_schedulers(model):
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, **SCHEDULERS[model])
+    options = dict(shift=3.0) | SCHEDULERS.get(model, {})
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, **options)
     family = models.BACKBONES[model]["family"].family
     levels = models.few_step_sigmas(scheduler, models.FEW_STEPS, (512 // 16) ** 2, family)
     assert levels == pytest.approx([*LEVELS[model], 0], abs=5e-4)

@@ -85,7 +85,7 @@ def test_students_walk_any_number_of_few_steps(flags, said, nfe, raw, tmp_path, 
 
 @pytest.mark.parametrize("model", models.BACKBONES)
 def test_pictures_are_as_large_as_the_published_evaluations(model, capsys):
-    side = 64 if model == "classroom" else 1024
+    side = {"classroom": 64, "sana": 512, "prx": 512}.get(model, 1024)
     assert sample.parse_args(["--model", model, "--prompt", "a cat"]).resolution == side
     assert sample.parse_args(["--model", model, "--prompt", "a cat", "--resolution", "512"]).resolution == 512
     with pytest.raises(SystemExit):
