@@ -156,7 +156,9 @@ class Signal:
             return rtdmd.matching_gradient(self.backbone, cond, x0_hat, noise, args.guidance_scale)[1]
 
         def reward(texts, cond, x0_hat, rows):
-            return rtdmd.reward_gradient(self.backbone, self.scorers, texts, dict(picked), x0_hat, args.reward_margin)[1]
+            return rtdmd.reward_gradient(self.backbone, self.scorers, texts, dict(picked), x0_hat, args.reward_margin)[
+                1
+            ]
 
         n = n_images * (args.last_step_batch or args.batch_size) // args.batch_size
         found["leash (dm_weight)"] = self.gradient(last_step(leash, args.dm_weight), n)

@@ -16,7 +16,8 @@ import pytest
 import rewards
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = [path for path in (ROOT / "README.md", ROOT / "classroom/README.md") if path.is_file()]
+READMES = [ROOT / "README.md", *(ROOT / "classroom" / name for name in ("README.md", "RECORDS.md"))]
+READMES += sorted((ROOT / "docs").glob("*.md"))
 SCRIPTS = "acdmd.py rtdmd.py sample.py rewards.py classroom/demo.py classroom/pretrain.py tests/bench.py".split()
 SCRIPTS += ["tests/bench_rewards.py"]
 
@@ -31,7 +32,7 @@ TABLE = {  # pattern of a command -> flags that make it small (the last of two a
     r"tests/bench\.py --model": "a GPU",
     r"tests/bench_rewards\.py": "published sizes; test_rewards.py runs it on small networks",
     r"tests/bench\.py$": "minutes; test_backbones.py runs it on small networks",
-    r"--resume out/long_": PARSE,  # goes on with an hour's run; test_faults.py resumes
+    r"tests/bench\.py --signal": "minutes; test_signal.py runs it on few pictures",
     r"demo\.py": PARSE,  # test_scripts.py runs all of it
     r"pretrain\.py": PARSE,  # test_classroom.py runs all of it
     r"python acdmd\.py$": SMALL + "--steps 1 --out out/acdmd",
@@ -79,8 +80,6 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "evaluation_metadata.jsonl").write_text(rows)
     for run in ("classroom/acdmd", "classroom/rtdmd", "sd35/acdmd"):
         shutil.copytree(ROOT / "classroom/adapters" / Path(run).name, tmp_path / "out" / run / "final")
-    for long in re.findall(r"--resume (out/long_\S+)", (ROOT / "classroom/README.md").read_text(encoding="utf-8")):
-        (tmp_path / long).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -115,9 +114,26 @@ def test_every_command_runs(checkout, monkeypatch):
     assert not failed
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def python_blocks(path):
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("path", filter(python_blocks, READMES), ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_blocks_run(path, checkout):
-    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
-    assert blocks
-    for block in blocks:
+    for block in python_blocks(path):
         exec(compile(block, str(path), "exec"), {})
+
+
+def test_the_file_tree_is_true():
+    tree = re.search(r"## The files\n\n```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S).group(1)
+    rows = re.findall(r"^(\S+)(?: +(\d+) lines)?", tree, re.M)
+    assert {name.split("/")[0] for name, _ in rows} <= {path.name for path in ROOT.iterdir()}
+    for name, lines in rows:
+        assert (ROOT / name).exists(), name
+        if lines:
+            real = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+            assert abs(int(lines) - real) <= 0.1 * real, (name, lines, real)
+    scripts = {path.name for path in ROOT.glob("*.py")} | {
+        f"classroom/{p.name}" for p in (ROOT / "classroom").glob("[a-z]*.py")
+    }
+    assert scripts <= {name for name, _ in rows}

@@ -13,7 +13,7 @@ import rtdmd
 ROOT = Path(__file__).parent.parent
 STAGE_1 = "--batch_size 4 --consistency_batch 2 --rank 4 --steps 4 --fake_update_ratio 2 --gamma 0.5 --ema_decay 0.9"
 STAGE_2 = "--epochs 3 --batch_size 4 --batches 2 --group_size 4 --gamma 0.5 --ema_every 2"
-STAGE_2 += " --dm_weight 0.01 --bp_weight 0.01 --sample_every 0 --eval_every 0"
+STAGE_2 += " --step_weights 0.5,2,1 --dm_weight 0.01 --bp_weight 0.01 --sample_every 0 --eval_every 0"
 STAGE_2 += f" --distilled {ROOT}/classroom/adapters/acdmd"
 
 
@@ -156,7 +156,7 @@ def test_an_epoch_of_stage_2(tmp_path, monkeypatch):
         for j in seen["chosen"]:
             v = backbone.velocity("whole", states[:, j], sigmas[j], cond)
             log_prob = rtdmd.cps_log_prob(states[:, j + 1], states[:, j], v, sigmas[j], sigmas[j + 1], eta)
-            terms.append(rtdmd.policy_loss(log_prob, log_prob.detach(), advantages))
+            terms.append(args.step_weights[j] * rtdmd.policy_loss(log_prob, log_prob.detach(), advantages))
         v = backbone.velocity("whole", states[:, 3], sigmas[3], cond)
         x0 = states[:, 3] - sigmas[3] * v
         with torch.no_grad():
@@ -191,6 +191,13 @@ def test_an_epoch_of_stage_2(tmp_path, monkeypatch):
     monkeypatch.setattr(rtdmd, "step_optimizer", step)
     rtdmd.main(again)
     close(weights_of(tmp_path / "again/final", "rl_ema"), 9 / 11 * weights_of(tmp_path / "again/final", "rl"))
+
+
+def test_a_step_of_weight_0_is_never_chosen(tmp_path, monkeypatch):
+    seen, sample = [], rtdmd.sample
+    monkeypatch.setattr(rtdmd, "sample", lambda *args: seen.append(args[3]) or sample(*args))
+    rtdmd.main(rtdmd.parse_args(f"{STAGE_2} --n_chosen 1 --step_weights 0,2,1 --epochs 6 --out {tmp_path}".split()))
+    assert {tuple(chosen) for chosen in seen} == {(1,), (2,)}
 
 
 def test_an_optimiser_step_clips_the_norm_at_1():
