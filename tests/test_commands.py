@@ -25,7 +25,7 @@ SMALL = "--batch_size 2 --consistency_batch 1 --sample_every 0 --eval_every 0 "
 PARSE = "its arguments are read, no more"
 TABLE = {  # pattern of a command -> flags that make it small (the last of two alike wins), PARSE, or why it cannot run
     r"^python3 -m venv|^\. |^pip install": "makes an environment",
-    r"-m pytest": "these tests",
+    r"-m pytest|tests/gpu\.sh": "these tests",
     r"--nnodes": PARSE,
     r"(acdmd|rtdmd|sample)\.py.* --model ": PARSE,  # published weights
     r"tests/bench\.py --plan": "minutes; test_plan.py plans a small network",
@@ -35,6 +35,7 @@ TABLE = {  # pattern of a command -> flags that make it small (the last of two a
     r"tests/bench\.py --signal": "minutes; test_signal.py runs it on few pictures",
     r"demo\.py": PARSE,  # test_scripts.py runs all of it
     r"pretrain\.py": PARSE,  # test_classroom.py runs all of it
+    r"out/mine": PARSE,  # a reader's own files
     r"python acdmd\.py$": SMALL + "--steps 1 --out out/acdmd",
     r"python rtdmd\.py --distilled": SMALL + "--epochs 1 --batches 1 --group_size 2 --out out/rtdmd",
     r"torchrun.* rtdmd\.py --device cpu": SMALL + "--epochs 1 --batches 1 --group_size 2 --out out/long",
@@ -78,7 +79,7 @@ def checkout(tmp_path, monkeypatch):
             (tmp_path / path.name).symlink_to(path)
     rows = "".join(json.dumps(row) + "\n" for row in rewards.geneval_prompts(3))
     (tmp_path / "evaluation_metadata.jsonl").write_text(rows)
-    for run in ("classroom/acdmd", "classroom/rtdmd", "sd35/acdmd"):
+    for run in ("classroom/acdmd", "classroom/rtdmd", "sd35/acdmd", "mine/acdmd", "mine/rtdmd"):
         shutil.copytree(ROOT / "classroom/adapters" / Path(run).name, tmp_path / "out" / run / "final")
     monkeypatch.chdir(tmp_path)
     return tmp_path
