@@ -258,13 +258,15 @@ def sample(backbone, prompts, sigmas, chosen, eta, noise):
 
     noise: Noise(seed, epoch, ...), whose key is that of the shared noise too.
     """
-    (seed, epoch), last = noise.key, len(sigmas) - 2
+    seed, epoch = noise.key
+    last = len(sigmas) - 2
     cond, x = backbone.encode(prompts), noise.normal("start")
     states, log_probs = [x], torch.zeros(len(prompts), last, device=x.device)
     for j in range(last + 1):
+        z = None  # of the last step, which is deterministic
         if j in chosen:
             z = noise.normal("step", j)
-        else:  # not used by the last step, which is deterministic
+        elif j < last:
             z = to_device(shared_noise(prompts, j, epoch, seed, noise.shape), x.device)
         v = backbone.velocity("generator", x, sigmas[j], cond)
         x = cps_step(x, v, sigmas[j], sigmas[j + 1], eta, z)

@@ -334,6 +334,7 @@ def test_steps_that_are_not_trained_share_their_noise_in_a_group(monkeypatch):
     noise = models.Noise(0, 0, range(4), backbone.latent_shape, "cpu")
     states, log_probs = rtdmd.sample(backbone, prompts, sigmas, [0, 2], 0.9, noise)
     assert log_probs.bool().tolist() == [[True, False, True]] * 4 and states.shape == (4, 5, *backbone.latent_shape)
+    assert noises[3] is None  # the last step is deterministic
     for j, rows in enumerate(noises[:3]):
         same = [torch.equal(rows[0], row) for row in rows]
         assert same == ([True] * 3 + [False] if j == 1 else [True] + [False] * 3)
