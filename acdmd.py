@@ -223,7 +223,7 @@ def main(args):
         backbone.remember([pairs[picks[i]][0] for i in mine])  # text encoders run here, once for all micro-batches
         for part in parts:
             # .normal(name) -> [B, C, H, W], .uniform(name) -> [B]: fixed by seed, step, network, sample and name
-            noise = models.Noise(args.seed, step, network, part, backbone.latent_shape, run.device)
+            noise = models.Noise((args.seed, step, network), part, backbone.latent_shape, run.device)
             yield backbone.encode([pairs[picks[i]][0] for i in part]), k, levels, noise
 
     for step in run.steps("AC-DMD"):

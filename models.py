@@ -102,9 +102,9 @@ def seeded(*key):
 
 
 class Noise:
-    """Random numbers of a batch, `Noise(*key, indices, shape, device)`; row i depends on (key, name, indices[i]) alone.
+    """Random numbers of a batch; row i depends on (key, name, indices[i]) alone. key: a tuple.
 
-        noise = Noise(seed, step, "fake", range(32), (16, 64, 64), device)
+        noise = Noise((seed, step, "fake"), range(32), (16, 64, 64), device)
         noise.normal("z")         [32, 16, 64, 64] standard normal       noise.uniform("t")     [32] in [0, 1)
         noise[:8].normal("z")     the first 8 of those
 
@@ -112,14 +112,14 @@ class Noise:
     and a resumed run draws what the uninterrupted one would have: no generator has a state that could be lost.
     """
 
-    def __init__(self, *args):
-        *self.key, self.indices, self.shape, self.device = args
+    def __init__(self, key, indices, shape, device):
+        self.key, self.indices, self.shape, self.device = key, indices, shape, device
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, rows):
-        return Noise(*self.key, self.indices[rows], self.shape, self.device)
+        return Noise(self.key, self.indices[rows], self.shape, self.device)
 
     def normal(self, *name):
         return self._draw(torch.randn, self.shape, name)
@@ -579,7 +579,7 @@ BACKBONES = {
 def sample_latents(backbone, prompts, sigmas, eta=0.0, guidance_scale=1.0, seed=0, indices=None, role="generator"):
     """Latents [B, C, H, W] after walking `sigmas` (ending in 0). Image i's noise depends on (seed, indices[i])."""
     indices = range(len(prompts)) if indices is None else indices
-    noise = Noise("sample", seed, indices, backbone.latent_shape, backbone.device)
+    noise = Noise(("sample", seed), indices, backbone.latent_shape, backbone.device)
     cond, x = backbone.encode(prompts), noise.normal("start")
     for j, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
         v = backbone.velocity(role, x, sigma, cond, guidance_scale)

@@ -256,7 +256,7 @@ def distribution_matching_loss(x0, x0_fake, x0_teacher):
 def sample(backbone, prompts, sigmas, chosen, eta, noise):
     """Rollouts: states [B, 5, C, H, W] from noise to picture, and log-probabilities [B, 3], 0 where not chosen.
 
-    noise: Noise(seed, epoch, ...), whose key is that of the shared noise too.
+    noise: Noise((seed, epoch), ...), whose key is that of the shared noise too.
     """
     seed, epoch = noise.key
     last = len(sigmas) - 2
@@ -383,7 +383,8 @@ def main(args):
     def select(epoch, prompts, part, *use):
         """Prompts, text embeddings and noise of some of this rank's images."""
         texts = [prompts[i] for i in part]
-        noise = models.Noise(args.seed, epoch, *use, [mine[i] for i in part], backbone.latent_shape, run.device)
+        key, indices = (args.seed, epoch, *use), [mine[i] for i in part]
+        noise = models.Noise(key, indices, backbone.latent_shape, run.device)
         return texts, backbone.encode(texts), noise
 
     for epoch in run.steps("RTDMD"):

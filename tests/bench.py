@@ -118,7 +118,7 @@ def random_backbone(model, device, dtype, resolution=None):
 def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
     """{part: function that runs it once on n images}, from the stages' own functions. one: stage 1's settings."""
     cond, device = backbone.encode(["a prompt"] * n), backbone.device
-    noise, levels = models.Noise(0, range(n), backbone.latent_shape, device), sigmas[:3]
+    noise, levels = models.Noise((0,), range(n), backbone.latent_shape, device), sigmas[:3]
     n_cons = one.consistency_batch or n
 
     def fake_step():

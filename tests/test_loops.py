@@ -111,7 +111,7 @@ def test_steps_back_in_time_are_1_to_delta_max(monkeypatch):
     monkeypatch.setattr(rtdmd, "consistency_loss", lambda *args: seen.append(args[4]) or torch.zeros(()))
     monkeypatch.setattr(rtdmd, "DELTA_MAX", 3)
     cond, x = backbone.encode(["a circle"] * 64), torch.zeros(64, *backbone.latent_shape)
-    noise, start = models.Noise(0, range(64), backbone.latent_shape, "cpu"), (x, torch.full((64,), 0.5), x)
+    noise, start = models.Noise((0,), range(64), backbone.latent_shape, "cpu"), (x, torch.full((64,), 0.5), x)
     acdmd.consistency(backbone, cond, start, noise, 0.9, 3)
     rtdmd.consistency(backbone, cond, start, noise, 0.9)
     assert all(delta.unique().tolist() == [1, 2, 3] for delta in seen) and len(seen) == 2
@@ -145,7 +145,9 @@ def test_an_epoch_of_stage_2(tmp_path, monkeypatch):
         prompts = [p for texts, _ in seen["parts"] for p in texts]
         states, advantages = torch.cat([part[1] for part in seen["parts"]]), seen["advantages"].flatten()
         cond, uncond, key = backbone.encode(prompts), backbone.encode([""]), (args.seed, seen["epoch"])
-        noise = {use: models.Noise(*key, use, range(8), backbone.latent_shape, "cpu") for use in ("fake", "generator")}
+        noise = {
+            use: models.Noise((*key, use), range(8), backbone.latent_shape, "cpu") for use in ("fake", "generator")
+        }
 
         x_t, t, z = rtdmd.noised(states[:, -1], noise["fake"])
         v = backbone.velocity("whole_fake", x_t, t, cond)
