@@ -218,31 +218,27 @@ def shared_noise(prompts, step, epoch, seed, shape):
 # x0_hat. Written out so that this file reads alone; tests pin them to acdmd.py's
 
 
-def fake_score_loss(v_fake, x0, noise, sigma_t, max_weight=10.0):
+def fake_score_loss(v_fake, x0, z, sigma_t, max_weight=10.0):
     """L_ac at s = 0: flow matching, mean(w t^2 (v_phi - (z - x0))^2) with w = clamp(1/t^2, 0, max_weight)."""
-    sigma_t = per_sample(sigma_t, x0)  # sigma_ts is t here
-    weight = (1 / sigma_t**2).clamp(0, max_weight)
-    return (weight * (sigma_t * (v_fake - (noise - x0))).square()).mean()
+    sigma_ts = per_sample(sigma_t, x0)  # t itself
+    weight = (1 / sigma_ts**2).clamp(0, max_weight)
+    return (weight * (sigma_ts * (v_fake - (z - x0))).square()).mean()
 
 
-def consistency_loss(predict, x_t, sigma_t, v_t, delta, *walk):
-    """L_cons: two-sample estimate of |E[h(x', t')] - h(x_t, t)|^2, h(x, sigma) = x - sigma v_phi. As acdmd.py's;
-    walk: eta, noise_1, noise_2 of the two transitions."""
-    eta, *noises = walk
+def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, z_1, z_2):
+    """L_cons: two-sample estimate of |E[h(x', t')] - h(x_t, t)|^2, h(x, sigma) = x - sigma v_phi. As acdmd.py's."""
     sigma_t = per_sample(sigma_t, x_t)
     sigma_back = (sigma_t - per_sample(delta, x_t) / 1000).clamp(min=0)
-    x_back = torch.cat([cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in noises])
-    sigma_back = torch.cat([sigma_back, sigma_back])
-    h_1, h_2 = (x_back - sigma_back * predict(x_back, sigma_back.flatten())).chunk(2)
-    h_t = x_t - sigma_t * v_t
+    x_1, x_2 = (cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in (z_1, z_2))
+    v_1, v_2 = predict(torch.cat([x_1, x_2]), torch.cat([sigma_back, sigma_back]).flatten()).chunk(2)
+    h_t, h_1, h_2 = x_t - sigma_t * v_t, x_1 - sigma_back * v_1, x_2 - sigma_back * v_2
     return ((h_1 - h_t) * (h_2 - h_t)).mean()
 
 
 def distribution_matching_loss(x0, x0_fake, x0_teacher):
     """L_G at s = 0; its gradient is g / numel, g = (x0^phi - x0^psi) / mean|x0 - x0^psi|."""
     with torch.no_grad():
-        scale = (x0 - x0_teacher).abs().flatten(1).mean(1)
-        scale = per_sample(scale, x0)
+        scale = per_sample((x0 - x0_teacher).abs().flatten(1).mean(1), x0)
         # NOTE(paper): the release makes every NaN 0; here only what a zero normaliser gives, so that an error shows
         g = torch.where(scale == 0, 0.0, (x0_fake - x0_teacher) / scale)
     return 0.5 * (x0 - (x0 - g).detach()).square().mean()
@@ -288,14 +284,14 @@ def consistency(backbone, cond, point, noise, eta):
     n = len(noise)
     if n == 0:
         return torch.zeros((), device=backbone.device)
+    x_t, sigma_t, v_t = (part[:n] for part in point)
     cond = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}  # both transitions as one batch of 2n
     delta = 1 + (noise.uniform("delta") * DELTA_MAX).floor()  # uniform on 1 .. DELTA_MAX
-    walk = eta, noise.normal("z1"), noise.normal("z2")
 
     def predict(x, sigma):
         return backbone.velocity("fake", x, sigma, cond)
 
-    return consistency_loss(predict, *(part[:n] for part in point), delta, *walk)
+    return consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise.normal("z1"), noise.normal("z2"))
 
 
 def matching_gradient(backbone, cond, x0, noise, guidance_scale):
