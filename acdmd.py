@@ -169,10 +169,8 @@ def rollout(backbone, cond, levels, eta, noise, grad=False):
 
 
 def consistency(backbone, cond, point, noise, eta, delta_max):
-    """L_cons of the first len(noise) samples of point = (x_t, sigma_t, v_t); 0 if there are none (gamma = 0)."""
+    """L_cons of the first len(noise) samples of point = (x_t, sigma_t, v_t)."""
     n = len(noise)
-    if n == 0:
-        return torch.zeros((), device=backbone.device)
     x_t, sigma_t, v_t = (part[:n] for part in point)
     cond = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}  # both transitions as one batch of 2n
     delta = 1 + (noise.uniform("delta") * delta_max).floor()  # uniform on 1 .. delta_max
@@ -198,9 +196,9 @@ def main(args):
     optimizer = torch.optim.AdamW(generator, weight_decay=0.0, fused=fused)
     optimizer_fake = torch.optim.AdamW(fake, weight_decay=0.0, fused=fused)
     ema = models.EMA(generator, average, args.ema_decay)
-    n_cons = (args.consistency_batch or args.batch_size) if args.gamma else 0
-    held = args.batch_size + 2 * n_cons  # samples whose activations one backward needs: L_ac's, and L_cons' twice
-    models.set_up_blocks(backbone, args.checkpointing, held, args.compile)
+    n_cons = args.consistency_batch or args.batch_size
+    in_backward = args.batch_size + (2 * n_cons if args.gamma else 0)  # samples: L_ac's, and L_cons' twice
+    models.set_up_blocks(backbone, args.checkpointing, in_backward, args.compile)
 
     per_rank, sigmas = args.batch_size * args.batches, backbone.sigmas()
     batch = per_rank * run.world_size
@@ -236,31 +234,33 @@ def main(args):
             sigma_t = draw_t(noise.uniform("t"), s)
             x_t, target, sigma_ts = renoise(x_s, s, sigma_t, noise.normal("z"))
             v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
-            loss_ac = fake_score_loss(v_fake, target, sigma_ts)
-            loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta, args.delta_max)
-            ((loss_ac + args.gamma * loss_cons) / args.batches).backward()
-            # for the log, means over the micro-batches
-            add_to(row, {f"loss/ac_k{k}": loss_ac, "loss/cons": loss_cons}, args.batches)
+            loss = fake_score_loss(v_fake, target, sigma_ts)
+            add_to(row, {f"loss/ac_k{k}": loss}, args.batches)  # for the log, a mean over the micro-batches
+            if args.gamma:
+                point = x_t, sigma_t, v_fake
+                loss_cons = consistency(backbone, cond, point, noise[:n_cons], args.eta, args.delta_max)
+                add_to(row, {"loss/cons": loss_cons}, args.batches)
+                loss = loss + args.gamma * loss_cons
+            (loss / args.batches).backward()
         # averages over ranks, clips the norm at 1, steps at this rate, clears the gradients
         lr_fake = decay * args.lr_fake
         row["grad_norm/fake"] = step_optimizer(optimizer_fake, lr_fake, run.world_size, args.skip_nonfinite)
 
         # 3) generator, on a rollout of its own: where do teacher and fake score disagree about it? (section 3)
-        turn = (step + 1) % args.fake_update_ratio == 0  # the fake score moves more often (TTUR)
-        for cond, k, levels, noise in draw(step, "generator") if turn else ():
-            x_s, s = rollout(backbone, cond, levels, args.eta, noise, grad=True), levels[-1]
-            with torch.no_grad():
-                sigma_t = draw_t(noise.uniform("t"), s)
-                x_t, _, _ = renoise(x_s, s, sigma_t, noise.normal("z"))
-                v_teacher = backbone.velocity("teacher", x_t, sigma_t, cond, args.guidance_scale)
-                v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
-                back = noise.normal("back")  # shared, so that what differs is the scores
-                x_s_teacher = cps_step(x_t, v_teacher, sigma_t, s, args.eta, back)
-                x_s_fake = cps_step(x_t, v_fake, sigma_t, s, args.eta, back)
-            loss = distribution_matching_loss(x_s, x_s_fake, x_s_teacher)
-            (loss / args.batches).backward()  # recomputed blocks take the adapters they ran with: the generator's
-            add_to(row, {f"loss/generator_k{k}": loss}, args.batches)
-        if turn:
+        if (step + 1) % args.fake_update_ratio == 0:  # the fake score moves more often (TTUR)
+            for cond, k, levels, noise in draw(step, "generator"):
+                x_s, s = rollout(backbone, cond, levels, args.eta, noise, grad=True), levels[-1]
+                with torch.no_grad():
+                    sigma_t = draw_t(noise.uniform("t"), s)
+                    x_t, _, _ = renoise(x_s, s, sigma_t, noise.normal("z"))
+                    v_teacher = backbone.velocity("teacher", x_t, sigma_t, cond, args.guidance_scale)
+                    v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+                    back = noise.normal("back")  # shared, so that what differs is the scores
+                    x_s_teacher = cps_step(x_t, v_teacher, sigma_t, s, args.eta, back)
+                    x_s_fake = cps_step(x_t, v_fake, sigma_t, s, args.eta, back)
+                loss = distribution_matching_loss(x_s, x_s_fake, x_s_teacher)
+                (loss / args.batches).backward()  # recomputed blocks take the adapters they ran with: the generator's
+                add_to(row, {f"loss/generator_k{k}": loss}, args.batches)
             lr = decay * args.lr
             row["grad_norm/generator"] = step_optimizer(optimizer, lr, run.world_size, args.skip_nonfinite)
 

@@ -301,7 +301,9 @@ class Backbone:
     def remember(self, prompts):
         """Encode what is new of all of a step's prompts: encoders that wait on the CPU then come to the GPU once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
-        for encoder in self.encoders if new else ():
+        if not new:
+            return
+        for encoder in self.encoders:
             encoder.to(self.device)
         # A CPU takes one at a time: rounding must not depend on the neighbours, or a resumed run would differ in the
         # last digit, as it may on a GPU. That takes eight: the logits of FLUX.2's encoder are a gigabyte then.
@@ -310,8 +312,9 @@ class Backbone:
             columns = {name: value.cpu().unbind() for name, value in self.encode_texts(part).items()}
             for i, prompt in enumerate(part):
                 self._embeddings[prompt] = {name: column[i] for name, column in columns.items()}
-        for encoder in self.encoders if new and self.offload_encoders else ():
-            encoder.to("cpu")
+        if self.offload_encoders:
+            for encoder in self.encoders:
+                encoder.to("cpu")
 
     def encode(self, prompts):
         """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
@@ -793,8 +796,9 @@ def load(
         with named_failure(f"--generator_weights {folder} is no whole pipeline folder"):
             student = load_transformer(network, folder / "transformer", dtype)
     backbone = family(pipe, resolution or spec["resolution"], spec["text_tokens"], device, dtype, student)
-    for network in backbone.networks() if frozen_dtype else ():
-        store_in_8_bits(network)
+    if frozen_dtype:
+        for network in backbone.networks():
+            store_in_8_bits(network)
     shard(backbone, shard_mode, offload_frozen)
     return backbone
 
@@ -1535,8 +1539,9 @@ class Run:
         if known := sum(prompt in texts for prompt, _ in held):
             self.print(f"{known} of {len(held)} held-out prompts are trained on")
         self.postfix = {}
-        for role, optimizer in optimizers.items() if self.state else ():
-            optimizer.load_state_dict(self.state["optimizers"][role])
+        if self.state:
+            for role, optimizer in optimizers.items():
+                optimizer.load_state_dict(self.state["optimizers"][role])
         self.rows, (self.in_a_row, self.skipped) = [], (self.state or {}).get("skipped", (0, 0))
         self.file = self.wandb = None
         if self.rank == 0:

@@ -127,8 +127,8 @@ def parse_args(argv=None):
         p.error(f"--n_chosen {args.n_chosen}: --step_weights {args.step_weights} leaves fewer steps to choose from")
     if args.distilled is None:
         p.error("--distilled DIR is missing: the final/ folder of an acdmd.py run")
-    for name in ("generator_ema", "fake") if args.dm_weight else ():
-        if not (args.distilled / name).is_dir():
+    for name in ("generator_ema", "fake"):
+        if args.dm_weight and not (args.distilled / name).is_dir():
             near = [d for d in (args.distilled / "final", args.distilled.parent) if (d / name).is_dir()]
             hint = f"give {near[0]}" if near else "run acdmd.py first and give its final/ folder"
             p.error(f"--distilled {args.distilled} has no {name}: {hint}")
@@ -280,10 +280,8 @@ def noised(x0, noise):
 
 
 def consistency(backbone, cond, point, noise, eta):
-    """L_cons of the first len(noise) samples of point = (x_t, sigma_t, v_t); 0 if there are none (gamma = 0)."""
+    """L_cons of the first len(noise) samples of point = (x_t, sigma_t, v_t)."""
     n = len(noise)
-    if n == 0:
-        return torch.zeros((), device=backbone.device)
     x_t, sigma_t, v_t = (part[:n] for part in point)
     cond = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}  # both transitions as one batch of 2n
     delta = 1 + (noise.uniform("delta") * DELTA_MAX).floor()  # uniform on 1 .. DELTA_MAX
@@ -358,9 +356,9 @@ def main(args):
     optimizer = torch.optim.AdamW(generator, weight_decay=1e-4, fused=fused)
     optimizer_fake = torch.optim.AdamW(fake, weight_decay=0.0, fused=fused)
     ema = models.EMA(generator, average, 0.9, args.ema_every, warmup=True)
-    n_cons = (args.consistency_batch or args.batch_size) if args.gamma else 0
-    held = args.batch_size + 2 * n_cons  # samples whose activations one backward needs: L_ac's, and L_cons' twice
-    models.set_up_blocks(backbone, args.checkpointing, held, args.compile)
+    n_cons = args.consistency_batch or args.batch_size
+    in_backward = args.batch_size + (2 * n_cons if args.gamma else 0)  # samples: L_ac's, and L_cons' twice
+    models.set_up_blocks(backbone, args.checkpointing, in_backward, args.compile)
 
     sigmas, K, C, weights = backbone.sigmas(), args.group_size, args.n_chosen, args.rewards
     last, n_images = len(sigmas) - 2, per_rank * run.world_size
@@ -413,16 +411,19 @@ def main(args):
         row |= {f"group_std/{name}": r.std(1, correction=0).mean().item() for name, r in grouped.items()}
 
         # 4) fake score, on the finished samples
-        for part in batches if args.dm_weight else ():  # NOTE(paper): the release trains it also where nobody reads it
-            _, cond, noise = select(epoch, prompts, part, "fake")
-            x0 = states[to_device(part, run.device), -1]
-            x_t, sigma_t, z = noised(x0, noise)
-            v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
-            loss_ac = fake_score_loss(v_fake, x0, z, sigma_t)
-            loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta)
-            ((loss_ac + args.gamma * loss_cons) / args.batches).backward()
-            add_to(row, {"loss/ac": loss_ac, "loss/cons": loss_cons}, args.batches)
-        if args.dm_weight:
+        if args.dm_weight:  # NOTE(paper): the release trains it also where nobody reads it
+            for part in batches:
+                _, cond, noise = select(epoch, prompts, part, "fake")
+                x0 = states[to_device(part, run.device), -1]
+                x_t, sigma_t, z = noised(x0, noise)
+                v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+                loss = fake_score_loss(v_fake, x0, z, sigma_t)
+                add_to(row, {"loss/ac": loss}, args.batches)
+                if args.gamma:
+                    loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta)
+                    add_to(row, {"loss/cons": loss_cons}, args.batches)
+                    loss = loss + args.gamma * loss_cons
+                (loss / args.batches).backward()
             lr = decay * args.lr_fake
             # averages over ranks, clips the norm at 1, steps at this rate, clears the gradients
             row["grad_norm/fake"] = step_optimizer(optimizer_fake, lr, run.world_size, args.skip_nonfinite)
@@ -437,17 +438,18 @@ def main(args):
 
             # chosen steps (App. G, H). A is 0 in groups without signal: n_images / n_signal makes the mean one over the
             # images that count
-            for j in chosen if args.policy_weight else ():
-                v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
-                log_prob = cps_log_prob(x[:, j + 1], x[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
-                loss = policy_loss(log_prob, old[:, j], A, args.clip_range)
-                # NOTE(paper): there steps weigh the same, which by their norms counts the last six times the first
-                weight = args.policy_weight * args.step_weights[j]
-                (weight * share * n_images / max(1, n_signal) * loss).backward()
-                drift = ((log_prob - old[:, j]).exp() - 1).abs()
-                clipped = (drift > args.clip_range).float().mean()
-                values = {"loss/policy": loss, "ratio_drift": drift.mean(), "clip_fraction": clipped}
-                add_to(row, values, args.batches * C)
+            if args.policy_weight:
+                for j in chosen:
+                    v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
+                    log_prob = cps_log_prob(x[:, j + 1], x[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
+                    loss = policy_loss(log_prob, old[:, j], A, args.clip_range)
+                    # NOTE(paper): there steps weigh the same, which by their norms counts the last six times the first
+                    weight = args.policy_weight * args.step_weights[j]
+                    (weight * share * n_images / max(1, n_signal) * loss).backward()
+                    drift = ((log_prob - old[:, j]).exp() - 1).abs()
+                    clipped = (drift > args.clip_range).float().mean()
+                    values = {"loss/policy": loss, "ratio_drift": drift.mean(), "clip_fraction": clipped}
+                    add_to(row, values, args.batches * C)
 
             # last step: gradients of the leash and of the reward at x0_hat, then the chain rule through the transformer
             if args.dm_weight or args.bp_weight:

@@ -445,7 +445,7 @@ def test_whole_fake_loss_of_both_stages_is_equal_at_s_0(backbone):
     one = acdmd.consistency(backbone, cond, (x_t, sigma_t, v), noise[:2], 0.9, rtdmd.DELTA_MAX)
     two = rtdmd.consistency(backbone, cond, (x_t, sigma_t, v), noise[:2], 0.9)
     torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
-    assert one != 0 and rtdmd.consistency(backbone, cond, (x_t, sigma_t, v), noise[:0], 0.9) == 0
+    assert one != 0
 
 
 def test_the_matching_gradient_of_stage_2_comes_from_the_right_roles(backbone):
