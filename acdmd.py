@@ -193,8 +193,8 @@ def main(args):
     networks = {"generator": backbone.student, "generator_ema": backbone.student, "fake": backbone.transformer}
     generator, average, fake = run.adapters(networks, args.rank)  # lists of parameters, in this order
     fused = run.device.type == "cuda"
-    optimizer = torch.optim.AdamW(generator, weight_decay=0.0, fused=fused)
-    optimizer_fake = torch.optim.AdamW(fake, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=0.0, fused=fused)
+    optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=fused)
     ema = models.EMA(generator, average, args.ema_decay)
     n_cons = args.consistency_batch or args.batch_size
     in_backward = args.batch_size + (2 * n_cons if args.gamma else 0)  # samples: L_ac's, and L_cons' twice
@@ -242,9 +242,8 @@ def main(args):
                 add_to(row, {"loss/cons": loss_cons}, args.batches)
                 loss = loss + args.gamma * loss_cons
             (loss / args.batches).backward()
-        # averages over ranks, clips the norm at 1, steps at this rate, clears the gradients
-        lr_fake = decay * args.lr_fake
-        row["grad_norm/fake"] = step_optimizer(optimizer_fake, lr_fake, run.world_size, args.skip_nonfinite)
+        # averages over ranks, clips the norm at 1, steps at decay times the rate, clears the gradients
+        row["grad_norm/fake"] = step_optimizer(optimizer_fake, decay, run.world_size, args.skip_nonfinite)
 
         # 3) generator, on a rollout of its own: where do teacher and fake score disagree about it? (section 3)
         if (step + 1) % args.fake_update_ratio == 0:  # the fake score moves more often (TTUR)
@@ -261,8 +260,7 @@ def main(args):
                 loss = distribution_matching_loss(x_s, x_s_fake, x_s_teacher)
                 (loss / args.batches).backward()  # recomputed blocks take the adapters they ran with: the generator's
                 add_to(row, {f"loss/generator_k{k}": loss}, args.batches)
-            lr = decay * args.lr
-            row["grad_norm/generator"] = step_optimizer(optimizer, lr, run.world_size, args.skip_nonfinite)
+            row["grad_norm/generator"] = step_optimizer(optimizer, decay, run.world_size, args.skip_nonfinite)
 
         # 4) EMA
         ema.update(step + 1)

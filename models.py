@@ -1362,15 +1362,16 @@ def add_to(row, values, count):
         row[name] = row.get(name, 0) + value.detach() / count
 
 
-def step_optimizer(optimizer, lr, world_size, skip_nonfinite=False):
+def step_optimizer(optimizer, decay, world_size, skip_nonfinite=False):
     """Average the gradients over ranks, clip their norm at 1, step, clear them. Returns the norm before clipping.
 
-    skip_nonfinite: leave weights and moments alone if the norm is not finite; it costs a look at the device each step.
+    decay: times the learning rate that the optimiser was made with. skip_nonfinite: leave weights and moments alone if
+    the norm is not finite; it costs a look at the device each step.
     """
     parameters = optimizer.param_groups[0]["params"]
     average_gradients(parameters, world_size)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.param_groups[0]["lr"] = lr
+    optimizer.param_groups[0]["lr"] = decay * optimizer.defaults["lr"]
     if not skip_nonfinite or norm.isfinite():
         optimizer.step()
     optimizer.zero_grad()

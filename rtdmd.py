@@ -153,8 +153,8 @@ def stage_1(folder, dm_weight):
 # reinforcement learning: advantages, policy loss, SubGRPO
 
 
-def group_advantages(rewards, weights):
-    """Advantages [G, K] of G groups (prompts) of K images. rewards: {scorer: [G, K]}, weights: {scorer: number}.
+def group_advantages(scores, weights):
+    """Advantages [G, K] of G groups (prompts) of K images. scores: {scorer: [G, K]}, weights: {scorer: number}.
 
         A = sum over scorers of w (r - mean of its group) / (std + 1e-4),    then (A - mean) / (std + 1e-4)
 
@@ -162,18 +162,18 @@ def group_advantages(rewards, weights):
     """
     A = 0.0
     for name, weight in weights.items():
-        r = rewards[name].double()
+        r = scores[name].double()
         mean = r.mean(1, keepdim=True) if r.shape[1] > 1 else r.mean()
         A = A + weight * (r - mean) / (r.std(correction=0) + 1e-4)
     return ((A - A.mean()) / (A.std(correction=0) + 1e-4)).float()
 
 
-def has_signal(rewards, weights):
+def has_signal(scores, weights):
     """Bool [G]: does some weighted scorer tell the images of this group apart? A group of one always counts.
 
     NOTE(paper): the release looks for advantages of exactly 0, which standardising over the whole batch leaves nowhere.
     """
-    differs = [(r.amax(1) > r.amin(1)) | (r.shape[1] == 1) for name, r in rewards.items() if weights[name]]
+    differs = [(r.amax(1) > r.amin(1)) | (r.shape[1] == 1) for name, r in scores.items() if weights[name]]
     return torch.stack(differs).any(0)
 
 
@@ -353,8 +353,8 @@ def main(args):
     rank = len(frozen[0])  # of an A, [rank, in]
     generator, average, fake = run.adapters(networks, rank, args.init_std)  # lists of parameters, in this order
     fused = run.device.type == "cuda"
-    optimizer = torch.optim.AdamW(generator, weight_decay=1e-4, fused=fused)
-    optimizer_fake = torch.optim.AdamW(fake, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=1e-4, fused=fused)
+    optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=fused)
     ema = models.EMA(generator, average, 0.9, args.ema_every, warmup=True)
     n_cons = args.consistency_batch or args.batch_size
     in_backward = args.batch_size + (2 * n_cons if args.gamma else 0)  # samples: L_ac's, and L_cons' twice
@@ -364,7 +364,7 @@ def main(args):
     last, n_images = len(sigmas) - 2, per_rank * run.world_size
     # images are numbered over all ranks: image i is of prompt i // K, and a group may straddle ranks
     mine = range(run.rank * per_rank, (run.rank + 1) * per_rank)
-    batches = torch.arange(per_rank).split(args.batch_size)
+    parts = torch.arange(per_rank).split(args.batch_size)
     # on the device, where no copy makes it wait: latents of every step, and their log-probabilities
     states = torch.empty(per_rank, len(sigmas), *backbone.latent_shape, device=run.device)
     old_log_prob = torch.empty(per_rank, last, device=run.device)
@@ -392,7 +392,7 @@ def main(args):
         backbone.remember(prompts)  # text encoders run here, once for all micro-batches
 
         # 2) sample, 3) reward
-        for part in batches:
+        for part in parts:
             if run.interrupted(epoch):
                 return
             texts, _, noise = select(epoch, prompts, part)
@@ -412,7 +412,7 @@ def main(args):
 
         # 4) fake score, on the finished samples
         if args.dm_weight:  # NOTE(paper): the release trains it also where nobody reads it
-            for part in batches:
+            for part in parts:
                 _, cond, noise = select(epoch, prompts, part, "fake")
                 x0 = states[to_device(part, run.device), -1]
                 x_t, sigma_t, z = noised(x0, noise)
@@ -424,9 +424,8 @@ def main(args):
                     add_to(row, {"loss/cons": loss_cons}, args.batches)
                     loss = loss + args.gamma * loss_cons
                 (loss / args.batches).backward()
-            lr = decay * args.lr_fake
-            # averages over ranks, clips the norm at 1, steps at this rate, clears the gradients
-            row["grad_norm/fake"] = step_optimizer(optimizer_fake, lr, run.world_size, args.skip_nonfinite)
+            # averages over ranks, clips the norm at 1, steps at decay times the rate, clears the gradients
+            row["grad_norm/fake"] = step_optimizer(optimizer_fake, decay, run.world_size, args.skip_nonfinite)
 
         # 5) generator: L = 1/(C+1) [sum_j policy_weight L_policy,j + dm_weight L_G + bp_weight mean(relu(margin - R))]
         order = torch.randperm(per_rank, generator=seeded(args.seed, epoch, run.rank, "order"))
@@ -467,7 +466,7 @@ def main(args):
                     g += args.bp_weight * g_bp
                     add_to(row, values | {"grad_x0/bp": args.bp_weight * of_one_image(g_bp)}, args.batches)
                 x0_hat.backward(share * g)  # recomputed blocks take the adapters they ran with: the generator's
-        row["grad_norm/generator"] = step_optimizer(optimizer, decay * args.lr, run.world_size, args.skip_nonfinite)
+        row["grad_norm/generator"] = step_optimizer(optimizer, decay, run.world_size, args.skip_nonfinite)
 
         # 6) EMA
         ema.update(epoch + 1)  # NOTE(paper): the release updates it once a micro-batch

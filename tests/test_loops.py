@@ -200,7 +200,7 @@ def test_an_optimiser_step_clips_the_norm_at_1():
     for gradient, moved in (([3.0, 4.0], [-0.6, -0.8]), ([0.3, 0.4], [-0.3, -0.4])):
         p.data.zero_()
         p.grad = torch.tensor(gradient)
-        norm = models.step_optimizer(torch.optim.SGD([p], lr=7.0), 1.0, 1)
+        norm = models.step_optimizer(torch.optim.SGD([p], lr=4.0), 0.25, 1)
         assert norm.item() == pytest.approx(sum(g * g for g in gradient) ** 0.5) and p.grad is None
         assert p.tolist() == pytest.approx(moved, rel=1e-5)
 
