@@ -57,6 +57,7 @@ def test_an_iteration_of_stage_1(tmp_path, monkeypatch):
         parameters = optimizer.param_groups[0]["params"]
         updates.append("fake" if parameters[0] is wanted["fake"][0] else "generator")
         assert all(a is b for a, b in zip(parameters, wanted[updates[-1]], strict=True))
+        assert optimizer.defaults["lr"] == {"fake": 1e-3, "generator": 2e-3}[updates[-1]]
         close(torch.cat([p.grad.flatten() for p in parameters]), wanted[f"{updates[-1]}_gradient"])
         return step(optimizer, *args)
 
@@ -65,7 +66,7 @@ def test_an_iteration_of_stage_1(tmp_path, monkeypatch):
     for name in ("fake_score_loss", "consistency", "distribution_matching_loss"):
         monkeypatch.setattr(acdmd, name, spied(name))
     monkeypatch.setattr(acdmd, "step_optimizer", spied_step)
-    flags = f"{STAGE_1} --sample_every 0 --eval_every 0 --save_every 1 --out {tmp_path}".split()
+    flags = f"{STAGE_1} --lr 2e-3 --sample_every 0 --eval_every 0 --save_every 1 --out {tmp_path}".split()
     acdmd.main(acdmd.parse_args(flags))
     assert updates == ["fake", "fake", "generator"] * 2
     # B began as 0, and moved in iterations 2 and 4; the average follows every iteration
@@ -174,6 +175,7 @@ def test_an_epoch_of_stage_2(tmp_path, monkeypatch):
     def spied_step(optimizer, *rest):
         updates.append("generator" if updates[-1:] == ["fake"] else "fake")
         parameters = optimizer.param_groups[0]["params"]
+        assert optimizer.defaults["lr"] == {"fake": args.lr_fake, "generator": args.lr}[updates[-1]]
         losses = dict(zip(("fake", "generator"), whole_losses(), strict=True))
         close(torch.cat([p.grad.flatten() for p in parameters]), gradient(losses[updates[-1]], parameters))
         return step(optimizer, *rest)
