@@ -1,4 +1,4 @@
-"""What both stages share: formulas, noise, LoRA, backbones, sampler; below the banner "running", how a run is run.
+"""What both stages share: formulas, noise, LoRA, backbones, sampler, training step; below the banner, how a run is run.
 
 A backbone wraps a diffusers pipeline object. Text encoding, VAE, scheduler and packing are the pipeline's own; this
 file adds `velocity`, which runs the one frozen transformer as teacher, generator or fake score. A role is a list
@@ -152,7 +152,6 @@ class EMA:
 
 # ---------------------------------------------------------------------------------------------------------------
 # LoRA by hand: named adapters on one frozen base
-
 
 LORA_SCALE = 2.0  # alpha / rank of every adapter; a file's own scale goes into B as it is read
 
@@ -595,6 +594,47 @@ def decode_all(backbone, latents):
     """Images [B, 3, H, W] on the CPU, decoded 8 of 512x512 at a time: a VAE takes far more memory than a step."""
     n = max(1, 8 * 512**2 // backbone.resolution**2)
     return torch.cat([backbone.decode(part).cpu() for part in latents.split(n)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# one training step, around the losses of a stage
+
+
+def linear_decay(step, steps, share):
+    """1, falling to 0 over the last `share` of the steps: what a learning rate is multiplied by."""
+    return min(1.0, (steps - step) / (share * steps)) if share else 1.0
+
+
+def add_to(row, values, count):
+    """Accumulate means of detached scalars over `count` micro-batches, without leaving the device."""
+    for name, value in values.items():
+        row[name] = row.get(name, 0) + value.detach() / count
+
+
+def average_gradients(parameters, world_size):
+    """Mean of the gradients over ranks, in one flat all-reduce. A missing gradient counts as zero."""
+    if world_size > 1:
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        flat /= world_size
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = grad.view_as(p)
+
+
+def step_optimizer(optimizer, decay, world_size, skip_nonfinite=False):
+    """Average the gradients over ranks, clip their norm at 1, step, clear them. Returns the norm before clipping.
+
+    decay: times the learning rate that the optimiser was made with. skip_nonfinite: leave weights and moments alone if
+    the norm is not finite; it costs a look at the device each step.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    average_gradients(parameters, world_size)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.param_groups[0]["lr"] = decay * optimizer.defaults["lr"]
+    if not skip_nonfinite or norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 # ===============================================================================================================
@@ -1339,43 +1379,6 @@ def setup_distributed(device=None):
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return rank, world_size, torch.device(device)
-
-
-def linear_decay(step, steps, share):
-    """1, falling to 0 over the last `share` of the steps: what a learning rate is multiplied by."""
-    return min(1.0, (steps - step) / (share * steps)) if share else 1.0
-
-
-def average_gradients(parameters, world_size):
-    """Mean of the gradients over ranks, in one flat all-reduce. A missing gradient counts as zero."""
-    if world_size > 1:
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        flat /= world_size
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = grad.view_as(p)
-
-
-def add_to(row, values, count):
-    """Accumulate means of detached scalars over `count` micro-batches, without leaving the device."""
-    for name, value in values.items():
-        row[name] = row.get(name, 0) + value.detach() / count
-
-
-def step_optimizer(optimizer, decay, world_size, skip_nonfinite=False):
-    """Average the gradients over ranks, clip their norm at 1, step, clear them. Returns the norm before clipping.
-
-    decay: times the learning rate that the optimiser was made with. skip_nonfinite: leave weights and moments alone if
-    the norm is not finite; it costs a look at the device each step.
-    """
-    parameters = optimizer.param_groups[0]["params"]
-    average_gradients(parameters, world_size)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.param_groups[0]["lr"] = decay * optimizer.defaults["lr"]
-    if not skip_nonfinite or norm.isfinite():
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
 
 
 def rows_over_ranks(rows, world_size):
