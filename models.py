@@ -638,8 +638,54 @@ def step_optimizer(optimizer, decay, world_size, skip_nonfinite=False):
 
 
 # ===============================================================================================================
-# running: the paper does not need this. Command line, files, memory and speed, processes, the run itself
+# running: the paper does not need this. FSDP, command line, files, memory and speed, processes, the run itself
 # ===============================================================================================================
+
+# ---------------------------------------------------------------------------------------------------------------
+# FSDP by hand
+#
+# Sharded: the frozen transformers. Each block is a unit, and what lies outside the blocks one more: its weights are cut
+# over the processes, put together as its forward or backward begins, and let go behind it.
+# Not sharded: VAE, text encoders and scorers, which every process has whole (--offload_encoders, --offload_rewards).
+# Adapters need nothing: added after the cut, they belong to no unit, and are small, with their optimiser states and
+# averages. Each process has them whole and a gradient of its own images; `average_gradients` makes one of them, and
+# clipping, EMA and saving never meet a shard. FSDP itself has no gradient to reduce, for what it holds is frozen.
+
+SHARD_MODES = ("none", "full", "grad", "hybrid")
+
+
+def blocks(network):
+    """The transformer blocks, whatever their lists are called: what is sharded and compiled one by one."""
+    return [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def shard(backbone, mode="none", offload_frozen=False):
+    """Place the frozen transformers on the processes' devices, before any adapter is added; see above.
+
+    none: every process holds a whole copy. full: each holds its share, a block's shares are gathered for its forward
+    and again for its backward. grad: gathered once, kept until the backward is done (faster, more memory). hybrid:
+    full inside a node, copies across nodes. offload_frozen: shares wait in host memory.
+    """
+    if mode not in SHARD_MODES:
+        raise UserError(f"unknown shard mode {mode!r}; allowed: {', '.join(SHARD_MODES)}")
+    if mode == "none" and not offload_frozen:
+        for network in backbone.networks():
+            network.to(backbone.device)
+        return
+    kind = backbone.device.type
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    n = dist.get_world_size()
+    share = {"none": 1, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", n))}.get(mode, n)  # processes a copy lies on
+    mesh = init_device_mesh(kind, (n // share, share), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if share < n else mesh["shard"]
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if offload_frozen else OffloadPolicy()
+    options = dict(mesh=mesh, reshard_after_forward=mode != "grad", offload_policy=offload)
+    for network in backbone.networks():
+        for module in (*blocks(network), network):
+            fully_shard(module, **options)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # command line and errors
@@ -1254,11 +1300,6 @@ def compile_blocks(backbone):
             block.forward = torch.compile(block.forward)
 
 
-def blocks(network):
-    """The transformer blocks, whatever their lists are called: what is sharded and compiled one by one."""
-    return [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
-
-
 class Float8Linear(nn.Linear):
     """A frozen Linear whose weight is kept in 8 bits (e4m3), each output row with a scale: y = x (scale W8)^T + b."""
 
@@ -1296,39 +1337,6 @@ def store_in_8_bits(network):
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.register_buffer("scale", scale.flatten())
         linear.__class__ = Float8Linear
-
-
-SHARD_MODES = ("none", "full", "grad", "hybrid")
-
-
-def shard(backbone, mode="none", offload_frozen=False):
-    """Place the frozen transformers on the processes' devices, before any adapter is added. FSDP2, block by block.
-
-    none: every process holds a whole copy. full: each holds its share, a block's shares are gathered for its forward
-    and again for its backward. grad: gathered once, kept until the backward is done (faster, more memory). hybrid:
-    full inside a node, copies across nodes. offload_frozen: shares wait in host memory.
-    Adapters are small and belong to no share: each process has them whole, so their gradients are averaged, clipped,
-    followed by the EMA and saved without a word about sharding.
-    """
-    if mode not in SHARD_MODES:
-        raise UserError(f"unknown shard mode {mode!r}; allowed: {', '.join(SHARD_MODES)}")
-    if mode == "none" and not offload_frozen:
-        for network in backbone.networks():
-            network.to(backbone.device)
-        return
-    kind = backbone.device.type
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    n = dist.get_world_size()
-    share = {"none": 1, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", n))}.get(mode, n)  # processes a copy lies on
-    mesh = init_device_mesh(kind, (n // share, share), mesh_dim_names=("replicate", "shard"))
-    mesh = mesh if share < n else mesh["shard"]
-    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if offload_frozen else OffloadPolicy()
-    options = dict(mesh=mesh, reshard_after_forward=mode != "grad", offload_policy=offload)
-    for network in backbone.networks():
-        for module in (*blocks(network), network):
-            fully_shard(module, **options)
 
 
 PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s; the first name that fits counts
