@@ -174,10 +174,7 @@ def consistency(backbone, cond, point, noise, eta, delta_max):
     x_t, sigma_t, v_t = (part[:n] for part in point)
     cond = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}  # both transitions as one batch of 2n
     delta = 1 + (noise.uniform("delta") * delta_max).floor()  # uniform on 1 .. delta_max
-
-    def predict(x, sigma):
-        return backbone.velocity("fake", x, sigma, cond)
-
+    predict = lambda x, sigma: backbone.velocity("fake", x, sigma, cond)  # noqa: E731
     return consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise.normal("z1"), noise.normal("z2"))
 
 
@@ -262,7 +259,8 @@ def main(args):
                 add_to(row, {f"loss/generator_k{k}": loss}, args.batches)
             row["grad_norm/generator"] = step_optimizer(optimizer, decay, run.world_size, args.skip_nonfinite)
 
-        # 4) EMA
+        # 4) EMA, also in iterations that leave the generator as it is: the published .99 is an iteration's. With ten of
+        # them a generator step, the average keeps .99^10 = .9 at each step, and so spans about ten
         ema.update(step + 1)
         run.log(step, row)
 

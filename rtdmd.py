@@ -36,8 +36,12 @@ import models
 import rewards
 from models import add_to, at_least, between, cps_mean, cps_step, per_sample, seeded, step_optimizer, to_device
 
-DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200
+DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200, whatever stage 1's --delta_max was
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
+# The published weights, policy 1, dm 1e-3 and bp 1e-4, are not of like terms: a log-probability is a mean over a latent
+# without 1/(2 rho^2), so its gradient is small, and L_G's is normalised to a latent's size. What counts is each term's
+# pull on the network (`tests/bench.py --signal` prints it); dm and bp of the classroom's small one make the three
+# comparable. R is about 1.5 (CLIPScore, HPSv2, PickScore / 26), so the hinge with margin 3 is open, and means -R.
 PRESETS = {
     "sana": dict(group_size=24, batch_size=9, batches=16),  # SD3.5's, not published for it; nor for prx
     "prx": dict(group_size=24, batch_size=9, batches=16),
@@ -239,7 +243,6 @@ def distribution_matching_loss(x0, x0_fake, x0_teacher):
     """L_G at s = 0; its gradient is g / numel, g = (x0^phi - x0^psi) / mean|x0 - x0^psi|."""
     with torch.no_grad():
         scale = per_sample((x0 - x0_teacher).abs().flatten(1).mean(1), x0)
-        # NOTE(paper): the release makes every NaN 0; here only what a zero normaliser gives, so that an error shows
         g = torch.where(scale == 0, 0.0, (x0_fake - x0_teacher) / scale)
     return 0.5 * (x0 - (x0 - g).detach()).square().mean()
 
@@ -256,19 +259,18 @@ def sample(backbone, prompts, sigmas, chosen, eta, noise):
     """
     seed, epoch = noise.key
     last = len(sigmas) - 2
-    cond, x = backbone.encode(prompts), noise.normal("start")
-    states, log_probs = [x], torch.zeros(len(prompts), last, device=x.device)
+    cond, states = backbone.encode(prompts), [noise.normal("start")]
+    log_probs = torch.zeros(len(prompts), last, device=backbone.device)
     for j in range(last + 1):
         z = None  # of the last step, which is deterministic
         if j in chosen:
             z = noise.normal("step", j)
         elif j < last:
-            z = to_device(shared_noise(prompts, j, epoch, seed, noise.shape), x.device)
-        v = backbone.velocity("generator", x, sigmas[j], cond)
-        x = cps_step(x, v, sigmas[j], sigmas[j + 1], eta, z)
-        states.append(x)
+            z = to_device(shared_noise(prompts, j, epoch, seed, noise.shape), backbone.device)
+        v = backbone.velocity("generator", states[j], sigmas[j], cond)
+        states.append(cps_step(states[j], v, sigmas[j], sigmas[j + 1], eta, z))
         if j in chosen:
-            log_probs[:, j] = cps_log_prob(x, states[j], v, sigmas[j], sigmas[j + 1], eta)
+            log_probs[:, j] = cps_log_prob(states[j + 1], states[j], v, sigmas[j], sigmas[j + 1], eta)
     return torch.stack(states, 1), log_probs
 
 
@@ -285,10 +287,7 @@ def consistency(backbone, cond, point, noise, eta):
     x_t, sigma_t, v_t = (part[:n] for part in point)
     cond = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}  # both transitions as one batch of 2n
     delta = 1 + (noise.uniform("delta") * DELTA_MAX).floor()  # uniform on 1 .. DELTA_MAX
-
-    def predict(x, sigma):
-        return backbone.velocity("fake", x, sigma, cond)
-
+    predict = lambda x, sigma: backbone.velocity("fake", x, sigma, cond)  # noqa: E731
     return consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise.normal("z1"), noise.normal("z2"))
 
 
@@ -321,9 +320,7 @@ def pick_prompts(pairs, n, g):
     picked = {}
     for i in torch.randperm(len(pairs), generator=g).tolist():
         picked.setdefault(pairs[i][0], pairs[i])
-        if len(picked) == n:
-            break
-    return list(picked.values())
+    return list(picked.values())[:n]
 
 
 def of_one_image(gradient):
@@ -377,8 +374,7 @@ def main(args):
     def select(epoch, prompts, part, *use):
         """Prompts, text embeddings and noise of some of this rank's images."""
         texts = [prompts[i] for i in part]
-        key, indices = (args.seed, epoch, *use), [mine[i] for i in part]
-        noise = models.Noise(key, indices, backbone.latent_shape, run.device)
+        noise = models.Noise((args.seed, epoch, *use), [mine[i] for i in part], backbone.latent_shape, run.device)
         return texts, backbone.encode(texts), noise
 
     for epoch in run.steps("RTDMD"):
@@ -424,7 +420,6 @@ def main(args):
                     add_to(row, {"loss/cons": loss_cons}, args.batches)
                     loss = loss + args.gamma * loss_cons
                 (loss / args.batches).backward()
-            # averages over ranks, clips the norm at 1, steps at decay times the rate, clears the gradients
             row["grad_norm/fake"] = step_optimizer(optimizer_fake, decay, run.world_size, args.skip_nonfinite)
 
         # 5) generator: L = 1/(C+1) [sum_j policy_weight L_policy,j + dm_weight L_G + bp_weight mean(relu(margin - R))]
@@ -435,8 +430,7 @@ def main(args):
             x, old, A = states[here], old_log_prob[here], advantages[here]
             share = 1 / (args.batches * (C + 1))  # what a mean over this micro-batch weighs in L
 
-            # chosen steps (App. G, H). A is 0 in groups without signal: n_images / n_signal makes the mean one over the
-            # images that count
+            # chosen steps (App. G, H). A is 0 in groups without signal: n_images / n_signal leaves them out of the mean
             if args.policy_weight:
                 for j in chosen:
                     v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
@@ -446,9 +440,8 @@ def main(args):
                     weight = args.policy_weight * args.step_weights[j]
                     (weight * share * n_images / max(1, n_signal) * loss).backward()
                     drift = ((log_prob - old[:, j]).exp() - 1).abs()
-                    clipped = (drift > args.clip_range).float().mean()
-                    values = {"loss/policy": loss, "ratio_drift": drift.mean(), "clip_fraction": clipped}
-                    add_to(row, values, args.batches * C)
+                    values = {"loss/policy": loss, "ratio_drift": drift, "clip_fraction": drift > args.clip_range}
+                    add_to(row, {name: value.float().mean() for name, value in values.items()}, args.batches * C)
 
             # last step: gradients of the leash and of the reward at x0_hat, then the chain rule through the transformer
             if args.dm_weight or args.bp_weight:
