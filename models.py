@@ -311,9 +311,8 @@ class Backbone:
             columns = {name: value.cpu().unbind() for name, value in self.encode_texts(part).items()}
             for i, prompt in enumerate(part):
                 self._embeddings[prompt] = {name: column[i] for name, column in columns.items()}
-        if self.offload_encoders:
-            for encoder in self.encoders:
-                encoder.to("cpu")
+        for encoder in self.encoders:
+            encoder.to("cpu" if self.offload_encoders else self.device)
 
     def encode(self, prompts):
         """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
@@ -418,8 +417,7 @@ class SD3(Backbone):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def predict(self, network, x, sigma, cond, guidance_scale):
-        kwargs = dict(hidden_states=x.to(self.dtype), timestep=1000 * sigma, **cond)
-        return network(**kwargs, return_dict=False)[0]
+        return network(hidden_states=x.to(self.dtype), timestep=1000 * sigma, **cond, return_dict=False)[0]
 
 
 class Flux1(Backbone):
@@ -681,10 +679,9 @@ def shard(backbone, mode="none", offload_frozen=False):
     mesh = init_device_mesh(kind, (n // share, share), mesh_dim_names=("replicate", "shard"))
     mesh = mesh if share < n else mesh["shard"]
     offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if offload_frozen else OffloadPolicy()
-    options = dict(mesh=mesh, reshard_after_forward=mode != "grad", offload_policy=offload)
     for network in backbone.networks():
         for module in (*blocks(network), network):
-            fully_shard(module, **options)
+            fully_shard(module, mesh=mesh, reshard_after_forward=mode != "grad", offload_policy=offload)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -701,9 +698,8 @@ class Help(argparse.HelpFormatter):
 
 def parser(description):
     """An ArgumentParser that takes no shortened flags and tells the values in --help."""
-    return argparse.ArgumentParser(
-        description=description, usage=argparse.SUPPRESS, formatter_class=Help, allow_abbrev=False
-    )
+    options = dict(usage=argparse.SUPPRESS, formatter_class=Help, allow_abbrev=False)
+    return argparse.ArgumentParser(description=description, **options)
 
 
 def add_run_flags(p, presets, out, unit, every):

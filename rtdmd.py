@@ -347,8 +347,7 @@ def main(args):
     for role, source in below.items():  # the generator last, whose rank all have
         frozen = models.load_adapter(backbone.network(role), backbone.roles[role][0], source)
     networks = {"rl": backbone.student, "rl_ema": backbone.student, "fake_rl": backbone.transformer}
-    rank = len(frozen[0])  # of an A, [rank, in]
-    generator, average, fake = run.adapters(networks, rank, args.init_std)  # lists of parameters, in this order
+    generator, average, fake = run.adapters(networks, len(frozen[0]), args.init_std)  # frozen[0]: an A, [rank, in]
     fused = run.device.type == "cuda"
     optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=1e-4, fused=fused)
     optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=fused)
