@@ -84,7 +84,7 @@ def parse_args(argv=None):
 # the losses: tensors in, tensors out, float32
 
 
-def renoise(x_s, sigma_s, sigma_t, noise):
+def renoise(x_s, sigma_s, sigma_t, z):
     """Take x_s from noise level s up to t >= s; returns (x_t, sigma_ts v*, sigma_ts), the last as [B, 1, 1, 1].
 
         x_t = a x_s + sigma_ts z,    a = (1-t)/(1-s),    sigma_ts^2 = t^2 - a^2 s^2
@@ -97,12 +97,12 @@ def renoise(x_s, sigma_s, sigma_t, noise):
       4. t - sigma_ts^2 = (1-t) (t + (1-t) s^2/(1-s)^2), so v* = -x_s/(1-s) + z (t + (1-t) s^2/(1-s)^2) / sigma_ts.
     sigma_ts v* is returned because it never divides by a small sigma_ts. At s = 0: v* = z - x0, plain flow matching.
     """
-    x_s, noise = x_s.float(), noise.float()
+    x_s, z = x_s.float(), z.float()
     s, t = per_sample(sigma_s, x_s), per_sample(sigma_t, x_s)
     alpha_ts = (1 - t) / (1 - s)
     sigma_ts = (t**2 - alpha_ts**2 * s**2).clamp(min=1e-12).sqrt()
-    target = -sigma_ts * x_s / (1 - s) + noise * (t + (1 - t) * s**2 / (1 - s) ** 2)
-    return alpha_ts * x_s + sigma_ts * noise, target, sigma_ts
+    target = -sigma_ts * x_s / (1 - s) + z * (t + (1 - t) * s**2 / (1 - s) ** 2)
+    return alpha_ts * x_s + sigma_ts * z, target, sigma_ts
 
 
 def fake_score_loss(v_fake, target, sigma_ts, max_weight=10.0):
@@ -115,7 +115,7 @@ def fake_score_loss(v_fake, target, sigma_ts, max_weight=10.0):
     return (weight * (sigma_ts * v_fake - target).square()).mean()
 
 
-def consistency_loss(predict, x_t, sigma_t, v_t, delta, *walk):
+def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, z_1, z_2):
     """L_cons = mean((h(x'_1, t') - h(x_t, t)) (h(x'_2, t') - h(x_t, t))),   h(x, sigma) = x - sigma v_phi(x, sigma).
 
     The optimal fake score is self-consistent: averaged over its own transition t -> t', h does not move (App. E).
@@ -123,13 +123,12 @@ def consistency_loss(predict, x_t, sigma_t, v_t, delta, *walk):
     t' may lie below s, where L_ac gives a sample no target.
 
     predict(x, sigma) -> v_phi, called once on both transitions, [2B, C, H, W]; v_t = v_phi(x_t, sigma_t) with gradient;
-    delta: [B] integer timesteps to go back; walk: eta, noise_1, noise_2 of the two CPS transitions. Gradients flow
-    through the three h, not through the transitions.
+    delta: [B] integer timesteps to go back; z_1, z_2: noise of the two CPS transitions. Gradients flow through the
+    three h, not through the transitions.
     """
-    eta, *noises = walk
-    sigma_t = per_sample(sigma_t, x_t).expand(len(x_t), 1, 1, 1)
+    sigma_t = per_sample(sigma_t, x_t)
     sigma_back = (sigma_t - per_sample(delta, x_t) / 1000).clamp(min=0)
-    x_1, x_2 = (cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in noises)
+    x_1, x_2 = (cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in (z_1, z_2))
     v_1, v_2 = predict(torch.cat([x_1, x_2]), torch.cat([sigma_back, sigma_back]).flatten()).chunk(2)
     h_t, h_1, h_2 = x_t - sigma_t * v_t, x_1 - sigma_back * v_1, x_2 - sigma_back * v_2
     return ((h_1 - h_t) * (h_2 - h_t)).mean()
@@ -143,8 +142,7 @@ def distribution_matching_loss(x_s, x_s_fake, x_s_teacher):
     x_s: the generator's sample, with gradient; x_s_fake, x_s_teacher: where fake score and teacher take x_t back to s.
     """
     with torch.no_grad():
-        scale = (x_s - x_s_teacher).abs().flatten(1).mean(1)
-        scale = per_sample(scale, x_s)
+        scale = per_sample((x_s - x_s_teacher).abs().flatten(1).mean(1), x_s)
         # NOTE(paper): the release makes every NaN 0; here only what a zero normaliser gives, so that an error shows
         g = torch.where(scale == 0, 0.0, (x_s_fake - x_s_teacher) / scale)
     return 0.5 * (x_s - (x_s - g).detach()).square().mean()
@@ -171,18 +169,13 @@ def rollout(backbone, cond, levels, eta, noise, grad=False):
 
 
 def consistency(backbone, cond, point, noise, eta, delta_max):
-    """L_cons of the first len(noise) samples of point = (x_t, sigma_t, v_t); 0 if there are none (gamma = 0)."""
+    """L_cons of the first len(noise) samples of point = (x_t, sigma_t, v_t)."""
     n = len(noise)
-    if n == 0:
-        return torch.zeros((), device=backbone.device)
+    x_t, sigma_t, v_t = (part[:n] for part in point)
     cond = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}  # both transitions as one batch of 2n
     delta = 1 + (noise.uniform("delta") * delta_max).floor()  # uniform on 1 .. delta_max
-    walk = eta, noise.normal("z1"), noise.normal("z2")
-
-    def predict(x, sigma):
-        return backbone.velocity("fake", x, sigma, cond)
-
-    return consistency_loss(predict, *(part[:n] for part in point), delta, *walk)
+    predict = lambda x, sigma: backbone.velocity("fake", x, sigma, cond)  # noqa: E731
+    return consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise.normal("z1"), noise.normal("z2"))
 
 
 def main(args):
@@ -197,12 +190,12 @@ def main(args):
     networks = {"generator": backbone.student, "generator_ema": backbone.student, "fake": backbone.transformer}
     generator, average, fake = run.adapters(networks, args.rank)  # lists of parameters, in this order
     fused = run.device.type == "cuda"
-    optimizer = torch.optim.AdamW(generator, weight_decay=0.0, fused=fused)
-    optimizer_fake = torch.optim.AdamW(fake, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=0.0, fused=fused)
+    optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=fused)
     ema = models.EMA(generator, average, args.ema_decay)
-    n_cons = (args.consistency_batch or args.batch_size) if args.gamma else 0
-    held = args.batch_size + 2 * n_cons  # samples whose activations one backward needs: L_ac's, and L_cons' twice
-    models.set_up_blocks(backbone, args.checkpointing, held, args.compile)
+    n_cons = args.consistency_batch or args.batch_size
+    in_backward = args.batch_size + (2 * n_cons if args.gamma else 0)  # samples: L_ac's, and L_cons' twice
+    models.set_up_blocks(backbone, args.checkpointing, in_backward, args.compile)
 
     per_rank, sigmas = args.batch_size * args.batches, backbone.sigmas()
     batch = per_rank * run.world_size
@@ -223,7 +216,7 @@ def main(args):
         backbone.remember([pairs[picks[i]][0] for i in mine])  # text encoders run here, once for all micro-batches
         for part in parts:
             # .normal(name) -> [B, C, H, W], .uniform(name) -> [B]: fixed by seed, step, network, sample and name
-            noise = models.Noise(args.seed, step, network, part, backbone.latent_shape, run.device)
+            noise = models.Noise((args.seed, step, network), part, backbone.latent_shape, run.device)
             yield backbone.encode([pairs[picks[i]][0] for i in part]), k, levels, noise
 
     for step in run.steps("AC-DMD"):
@@ -238,35 +231,36 @@ def main(args):
             sigma_t = draw_t(noise.uniform("t"), s)
             x_t, target, sigma_ts = renoise(x_s, s, sigma_t, noise.normal("z"))
             v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
-            loss_ac = fake_score_loss(v_fake, target, sigma_ts)
-            loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta, args.delta_max)
-            ((loss_ac + args.gamma * loss_cons) / args.batches).backward()
-            # for the log, means over the micro-batches
-            add_to(row, {f"loss/ac_k{k}": loss_ac, "loss/cons": loss_cons}, args.batches)
-        # averages over ranks, clips the norm at 1, steps at this rate, clears the gradients
-        lr_fake = decay * args.lr_fake
-        row["grad_norm/fake"] = step_optimizer(optimizer_fake, lr_fake, run.world_size, args.skip_nonfinite)
+            loss = fake_score_loss(v_fake, target, sigma_ts)
+            add_to(row, {f"loss/ac_k{k}": loss}, args.batches)  # for the log, a mean over the micro-batches
+            if args.gamma:
+                point = x_t, sigma_t, v_fake
+                loss_cons = consistency(backbone, cond, point, noise[:n_cons], args.eta, args.delta_max)
+                add_to(row, {"loss/cons": loss_cons}, args.batches)
+                loss = loss + args.gamma * loss_cons
+            (loss / args.batches).backward()
+        # averages over ranks, clips the norm at 1, steps at decay times the rate, clears the gradients
+        row["grad_norm/fake"] = step_optimizer(optimizer_fake, decay, run.world_size, args.skip_nonfinite)
 
         # 3) generator, on a rollout of its own: where do teacher and fake score disagree about it? (section 3)
-        turn = (step + 1) % args.fake_update_ratio == 0  # the fake score moves more often (TTUR)
-        for cond, k, levels, noise in draw(step, "generator") if turn else ():
-            x_s, s = rollout(backbone, cond, levels, args.eta, noise, grad=True), levels[-1]
-            with torch.no_grad():
-                sigma_t = draw_t(noise.uniform("t"), s)
-                x_t, _, _ = renoise(x_s, s, sigma_t, noise.normal("z"))
-                v_teacher = backbone.velocity("teacher", x_t, sigma_t, cond, args.guidance_scale)
-                v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
-                back = noise.normal("back")  # shared, so that what differs is the scores
-                x_s_teacher = cps_step(x_t, v_teacher, sigma_t, s, args.eta, back)
-                x_s_fake = cps_step(x_t, v_fake, sigma_t, s, args.eta, back)
-            loss = distribution_matching_loss(x_s, x_s_fake, x_s_teacher)
-            (loss / args.batches).backward()  # recomputed blocks take the adapters they ran with: the generator's
-            add_to(row, {f"loss/generator_k{k}": loss}, args.batches)
-        if turn:
-            lr = decay * args.lr
-            row["grad_norm/generator"] = step_optimizer(optimizer, lr, run.world_size, args.skip_nonfinite)
+        if (step + 1) % args.fake_update_ratio == 0:  # the fake score moves more often (TTUR)
+            for cond, k, levels, noise in draw(step, "generator"):
+                x_s, s = rollout(backbone, cond, levels, args.eta, noise, grad=True), levels[-1]
+                with torch.no_grad():
+                    sigma_t = draw_t(noise.uniform("t"), s)
+                    x_t, _, _ = renoise(x_s, s, sigma_t, noise.normal("z"))
+                    v_teacher = backbone.velocity("teacher", x_t, sigma_t, cond, args.guidance_scale)
+                    v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+                    back = noise.normal("back")  # shared, so that what differs is the scores
+                    x_s_teacher = cps_step(x_t, v_teacher, sigma_t, s, args.eta, back)
+                    x_s_fake = cps_step(x_t, v_fake, sigma_t, s, args.eta, back)
+                loss = distribution_matching_loss(x_s, x_s_fake, x_s_teacher)
+                (loss / args.batches).backward()  # recomputed blocks take the adapters they ran with: the generator's
+                add_to(row, {f"loss/generator_k{k}": loss}, args.batches)
+            row["grad_norm/generator"] = step_optimizer(optimizer, decay, run.world_size, args.skip_nonfinite)
 
-        # 4) EMA
+        # 4) EMA, also in iterations that leave the generator as it is: the published .99 is an iteration's. With ten of
+        # them a generator step, the average keeps .99^10 = .9 at each step, and so spans about ten
         ema.update(step + 1)
         run.log(step, row)
 

@@ -1,4 +1,4 @@
-"""What both stages share: formulas, noise, LoRA, backbones, sampler; below the banner "running", how a run is run.
+"""What both stages share: formulas, noise, LoRA, backbones, sampler, training step; below the banner, how a run is run.
 
 A backbone wraps a diffusers pipeline object. Text encoding, VAE, scheduler and packing are the pipeline's own; this
 file adds `velocity`, which runs the one frozen transformer as teacher, generator or fake score. A role is a list
@@ -102,9 +102,9 @@ def seeded(*key):
 
 
 class Noise:
-    """Random numbers of a batch, `Noise(*key, indices, shape, device)`; row i depends on (key, name, indices[i]) alone.
+    """Random numbers of a batch; row i depends on (key, name, indices[i]) alone. key: a tuple.
 
-        noise = Noise(seed, step, "fake", range(32), (16, 64, 64), device)
+        noise = Noise((seed, step, "fake"), range(32), (16, 64, 64), device)
         noise.normal("z")         [32, 16, 64, 64] standard normal       noise.uniform("t")     [32] in [0, 1)
         noise[:8].normal("z")     the first 8 of those
 
@@ -112,14 +112,14 @@ class Noise:
     and a resumed run draws what the uninterrupted one would have: no generator has a state that could be lost.
     """
 
-    def __init__(self, *args):
-        *self.key, self.indices, self.shape, self.device = args
+    def __init__(self, key, indices, shape, device):
+        self.key, self.indices, self.shape, self.device = key, indices, shape, device
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, rows):
-        return Noise(*self.key, self.indices[rows], self.shape, self.device)
+        return Noise(self.key, self.indices[rows], self.shape, self.device)
 
     def normal(self, *name):
         return self._draw(torch.randn, self.shape, name)
@@ -152,7 +152,6 @@ class EMA:
 
 # ---------------------------------------------------------------------------------------------------------------
 # LoRA by hand: named adapters on one frozen base
-
 
 LORA_SCALE = 2.0  # alpha / rank of every adapter; a file's own scale goes into B as it is read
 
@@ -301,7 +300,9 @@ class Backbone:
     def remember(self, prompts):
         """Encode what is new of all of a step's prompts: encoders that wait on the CPU then come to the GPU once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
-        for encoder in self.encoders if new else ():
+        if not new:
+            return
+        for encoder in self.encoders:
             encoder.to(self.device)
         # A CPU takes one at a time: rounding must not depend on the neighbours, or a resumed run would differ in the
         # last digit, as it may on a GPU. That takes eight: the logits of FLUX.2's encoder are a gigabyte then.
@@ -310,8 +311,8 @@ class Backbone:
             columns = {name: value.cpu().unbind() for name, value in self.encode_texts(part).items()}
             for i, prompt in enumerate(part):
                 self._embeddings[prompt] = {name: column[i] for name, column in columns.items()}
-        for encoder in self.encoders if new and self.offload_encoders else ():
-            encoder.to("cpu")
+        for encoder in self.encoders:
+            encoder.to("cpu" if self.offload_encoders else self.device)
 
     def encode(self, prompts):
         """Embeddings as the transformer's own keyword arguments, each [B, ...]. Repeated prompts come from a cache."""
@@ -416,8 +417,7 @@ class SD3(Backbone):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def predict(self, network, x, sigma, cond, guidance_scale):
-        kwargs = dict(hidden_states=x.to(self.dtype), timestep=1000 * sigma, **cond)
-        return network(**kwargs, return_dict=False)[0]
+        return network(hidden_states=x.to(self.dtype), timestep=1000 * sigma, **cond, return_dict=False)[0]
 
 
 class Flux1(Backbone):
@@ -579,7 +579,7 @@ BACKBONES = {
 def sample_latents(backbone, prompts, sigmas, eta=0.0, guidance_scale=1.0, seed=0, indices=None, role="generator"):
     """Latents [B, C, H, W] after walking `sigmas` (ending in 0). Image i's noise depends on (seed, indices[i])."""
     indices = range(len(prompts)) if indices is None else indices
-    noise = Noise("sample", seed, indices, backbone.latent_shape, backbone.device)
+    noise = Noise(("sample", seed), indices, backbone.latent_shape, backbone.device)
     cond, x = backbone.encode(prompts), noise.normal("start")
     for j, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
         v = backbone.velocity(role, x, sigma, cond, guidance_scale)
@@ -594,9 +594,95 @@ def decode_all(backbone, latents):
     return torch.cat([backbone.decode(part).cpu() for part in latents.split(n)])
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# one training step, around the losses of a stage
+
+
+def linear_decay(step, steps, share):
+    """1, falling to 0 over the last `share` of the steps: what a learning rate is multiplied by."""
+    return min(1.0, (steps - step) / (share * steps)) if share else 1.0
+
+
+def add_to(row, values, count):
+    """Accumulate means of detached scalars over `count` micro-batches, without leaving the device."""
+    for name, value in values.items():
+        row[name] = row.get(name, 0) + value.detach() / count
+
+
+def average_gradients(parameters, world_size):
+    """Mean of the gradients over ranks, in one flat all-reduce. A missing gradient counts as zero."""
+    if world_size > 1:
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        flat /= world_size
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = grad.view_as(p)
+
+
+def step_optimizer(optimizer, decay, world_size, skip_nonfinite=False):
+    """Average the gradients over ranks, clip their norm at 1, step, clear them. Returns the norm before clipping.
+
+    decay: times the learning rate that the optimiser was made with. skip_nonfinite: leave weights and moments alone if
+    the norm is not finite; it costs a look at the device each step.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    average_gradients(parameters, world_size)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.param_groups[0]["lr"] = decay * optimizer.defaults["lr"]
+    if not skip_nonfinite or norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 # ===============================================================================================================
-# running: the paper does not need this. Command line, files, memory and speed, processes, the run itself
+# running: the paper does not need this. FSDP, command line, files, memory and speed, processes, the run itself
 # ===============================================================================================================
+
+# ---------------------------------------------------------------------------------------------------------------
+# FSDP by hand
+#
+# Sharded: the frozen transformers. Each block is a unit, and what lies outside the blocks one more: its weights are cut
+# over the processes, put together as its forward or backward begins, and let go behind it.
+# Not sharded: VAE, text encoders and scorers, which every process has whole (--offload_encoders, --offload_rewards).
+# Adapters need nothing: added after the cut, they belong to no unit, and are small, with their optimiser states and
+# averages. Each process has them whole and a gradient of its own images; `average_gradients` makes one of them, and
+# clipping, EMA and saving never meet a shard. FSDP itself has no gradient to reduce, for what it holds is frozen.
+
+SHARD_MODES = ("none", "full", "grad", "hybrid")
+
+
+def blocks(network):
+    """The transformer blocks, whatever their lists are called: what is sharded and compiled one by one."""
+    return [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def shard(backbone, mode="none", offload_frozen=False):
+    """Place the frozen transformers on the processes' devices, before any adapter is added; see above.
+
+    none: every process holds a whole copy. full: each holds its share, a block's shares are gathered for its forward
+    and again for its backward. grad: gathered once, kept until the backward is done (faster, more memory). hybrid:
+    full inside a node, copies across nodes. offload_frozen: shares wait in host memory.
+    """
+    if mode not in SHARD_MODES:
+        raise UserError(f"unknown shard mode {mode!r}; allowed: {', '.join(SHARD_MODES)}")
+    if mode == "none" and not offload_frozen:
+        for network in backbone.networks():
+            network.to(backbone.device)
+        return
+    kind = backbone.device.type
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    n = dist.get_world_size()
+    share = {"none": 1, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", n))}.get(mode, n)  # processes a copy lies on
+    mesh = init_device_mesh(kind, (n // share, share), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if share < n else mesh["shard"]
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if offload_frozen else OffloadPolicy()
+    for network in backbone.networks():
+        for module in (*blocks(network), network):
+            fully_shard(module, mesh=mesh, reshard_after_forward=mode != "grad", offload_policy=offload)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # command line and errors
@@ -612,9 +698,8 @@ class Help(argparse.HelpFormatter):
 
 def parser(description):
     """An ArgumentParser that takes no shortened flags and tells the values in --help."""
-    return argparse.ArgumentParser(
-        description=description, usage=argparse.SUPPRESS, formatter_class=Help, allow_abbrev=False
-    )
+    options = dict(usage=argparse.SUPPRESS, formatter_class=Help, allow_abbrev=False)
+    return argparse.ArgumentParser(description=description, **options)
 
 
 def add_run_flags(p, presets, out, unit, every):
@@ -793,8 +878,9 @@ def load(
         with named_failure(f"--generator_weights {folder} is no whole pipeline folder"):
             student = load_transformer(network, folder / "transformer", dtype)
     backbone = family(pipe, resolution or spec["resolution"], spec["text_tokens"], device, dtype, student)
-    for network in backbone.networks() if frozen_dtype else ():
-        store_in_8_bits(network)
+    if frozen_dtype:
+        for network in backbone.networks():
+            store_in_8_bits(network)
     shard(backbone, shard_mode, offload_frozen)
     return backbone
 
@@ -1210,11 +1296,6 @@ def compile_blocks(backbone):
             block.forward = torch.compile(block.forward)
 
 
-def blocks(network):
-    """The transformer blocks, whatever their lists are called: what is sharded and compiled one by one."""
-    return [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
-
-
 class Float8Linear(nn.Linear):
     """A frozen Linear whose weight is kept in 8 bits (e4m3), each output row with a scale: y = x (scale W8)^T + b."""
 
@@ -1252,39 +1333,6 @@ def store_in_8_bits(network):
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.register_buffer("scale", scale.flatten())
         linear.__class__ = Float8Linear
-
-
-SHARD_MODES = ("none", "full", "grad", "hybrid")
-
-
-def shard(backbone, mode="none", offload_frozen=False):
-    """Place the frozen transformers on the processes' devices, before any adapter is added. FSDP2, block by block.
-
-    none: every process holds a whole copy. full: each holds its share, a block's shares are gathered for its forward
-    and again for its backward. grad: gathered once, kept until the backward is done (faster, more memory). hybrid:
-    full inside a node, copies across nodes. offload_frozen: shares wait in host memory.
-    Adapters are small and belong to no share: each process has them whole, so their gradients are averaged, clipped,
-    followed by the EMA and saved without a word about sharding.
-    """
-    if mode not in SHARD_MODES:
-        raise UserError(f"unknown shard mode {mode!r}; allowed: {', '.join(SHARD_MODES)}")
-    if mode == "none" and not offload_frozen:
-        for network in backbone.networks():
-            network.to(backbone.device)
-        return
-    kind = backbone.device.type
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    n = dist.get_world_size()
-    share = {"none": 1, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", n))}.get(mode, n)  # processes a copy lies on
-    mesh = init_device_mesh(kind, (n // share, share), mesh_dim_names=("replicate", "shard"))
-    mesh = mesh if share < n else mesh["shard"]
-    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if offload_frozen else OffloadPolicy()
-    options = dict(mesh=mesh, reshard_after_forward=mode != "grad", offload_policy=offload)
-    for network in backbone.networks():
-        for module in (*blocks(network), network):
-            fully_shard(module, **options)
 
 
 PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s; the first name that fits counts
@@ -1335,42 +1383,6 @@ def setup_distributed(device=None):
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return rank, world_size, torch.device(device)
-
-
-def linear_decay(step, steps, share):
-    """1, falling to 0 over the last `share` of the steps: what a learning rate is multiplied by."""
-    return min(1.0, (steps - step) / (share * steps)) if share else 1.0
-
-
-def average_gradients(parameters, world_size):
-    """Mean of the gradients over ranks, in one flat all-reduce. A missing gradient counts as zero."""
-    if world_size > 1:
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        flat /= world_size
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = grad.view_as(p)
-
-
-def add_to(row, values, count):
-    """Accumulate means of detached scalars over `count` micro-batches, without leaving the device."""
-    for name, value in values.items():
-        row[name] = row.get(name, 0) + value.detach() / count
-
-
-def step_optimizer(optimizer, lr, world_size, skip_nonfinite=False):
-    """Average the gradients over ranks, clip their norm at 1, step, clear them. Returns the norm before clipping.
-
-    skip_nonfinite: leave weights and moments alone if the norm is not finite; it costs a look at the device each step.
-    """
-    parameters = optimizer.param_groups[0]["params"]
-    average_gradients(parameters, world_size)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.param_groups[0]["lr"] = lr
-    if not skip_nonfinite or norm.isfinite():
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
 
 
 def rows_over_ranks(rows, world_size):
@@ -1535,8 +1547,9 @@ class Run:
         if known := sum(prompt in texts for prompt, _ in held):
             self.print(f"{known} of {len(held)} held-out prompts are trained on")
         self.postfix = {}
-        for role, optimizer in optimizers.items() if self.state else ():
-            optimizer.load_state_dict(self.state["optimizers"][role])
+        if self.state:
+            for role, optimizer in optimizers.items():
+                optimizer.load_state_dict(self.state["optimizers"][role])
         self.rows, (self.in_a_row, self.skipped) = [], (self.state or {}).get("skipped", (0, 0))
         self.file = self.wandb = None
         if self.rank == 0:

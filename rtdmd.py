@@ -36,8 +36,12 @@ import models
 import rewards
 from models import add_to, at_least, between, cps_mean, cps_step, per_sample, seeded, step_optimizer, to_device
 
-DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200
+DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200, whatever stage 1's --delta_max was
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
+# The published weights, policy 1, dm 1e-3 and bp 1e-4, are not of like terms: a log-probability is a mean over a latent
+# without 1/(2 rho^2), so its gradient is small, and L_G's is normalised to a latent's size. What counts is each term's
+# pull on the network (`tests/bench.py --signal` prints it); dm and bp of the classroom's small one make the three
+# comparable. R is about 1.5 (CLIPScore, HPSv2, PickScore / 26), so the hinge with margin 3 is open, and means -R.
 PRESETS = {
     "sana": dict(group_size=24, batch_size=9, batches=16),  # SD3.5's, not published for it; nor for prx
     "prx": dict(group_size=24, batch_size=9, batches=16),
@@ -127,8 +131,8 @@ def parse_args(argv=None):
         p.error(f"--n_chosen {args.n_chosen}: --step_weights {args.step_weights} leaves fewer steps to choose from")
     if args.distilled is None:
         p.error("--distilled DIR is missing: the final/ folder of an acdmd.py run")
-    for name in ("generator_ema", "fake") if args.dm_weight else ():
-        if not (args.distilled / name).is_dir():
+    for name in ("generator_ema", "fake"):
+        if args.dm_weight and not (args.distilled / name).is_dir():
             near = [d for d in (args.distilled / "final", args.distilled.parent) if (d / name).is_dir()]
             hint = f"give {near[0]}" if near else "run acdmd.py first and give its final/ folder"
             p.error(f"--distilled {args.distilled} has no {name}: {hint}")
@@ -153,8 +157,8 @@ def stage_1(folder, dm_weight):
 # reinforcement learning: advantages, policy loss, SubGRPO
 
 
-def group_advantages(rewards, weights):
-    """Advantages [G, K] of G groups (prompts) of K images. rewards: {scorer: [G, K]}, weights: {scorer: number}.
+def group_advantages(scores, weights):
+    """Advantages [G, K] of G groups (prompts) of K images. scores: {scorer: [G, K]}, weights: {scorer: number}.
 
         A = sum over scorers of w (r - mean of its group) / (std + 1e-4),    then (A - mean) / (std + 1e-4)
 
@@ -162,18 +166,18 @@ def group_advantages(rewards, weights):
     """
     A = 0.0
     for name, weight in weights.items():
-        r = rewards[name].double()
+        r = scores[name].double()
         mean = r.mean(1, keepdim=True) if r.shape[1] > 1 else r.mean()
         A = A + weight * (r - mean) / (r.std(correction=0) + 1e-4)
     return ((A - A.mean()) / (A.std(correction=0) + 1e-4)).float()
 
 
-def has_signal(rewards, weights):
+def has_signal(scores, weights):
     """Bool [G]: does some weighted scorer tell the images of this group apart? A group of one always counts.
 
     NOTE(paper): the release looks for advantages of exactly 0, which standardising over the whole batch leaves nowhere.
     """
-    differs = [(r.amax(1) > r.amin(1)) | (r.shape[1] == 1) for name, r in rewards.items() if weights[name]]
+    differs = [(r.amax(1) > r.amin(1)) | (r.shape[1] == 1) for name, r in scores.items() if weights[name]]
     return torch.stack(differs).any(0)
 
 
@@ -218,32 +222,27 @@ def shared_noise(prompts, step, epoch, seed, shape):
 # x0_hat. Written out so that this file reads alone; tests pin them to acdmd.py's
 
 
-def fake_score_loss(v_fake, x0, noise, sigma_t, max_weight=10.0):
+def fake_score_loss(v_fake, x0, z, sigma_t, max_weight=10.0):
     """L_ac at s = 0: flow matching, mean(w t^2 (v_phi - (z - x0))^2) with w = clamp(1/t^2, 0, max_weight)."""
-    sigma_t = per_sample(sigma_t, x0)  # sigma_ts is t here
-    weight = (1 / sigma_t**2).clamp(0, max_weight)
-    return (weight * (sigma_t * (v_fake - (noise - x0))).square()).mean()
+    sigma_ts = per_sample(sigma_t, x0)  # t itself
+    weight = (1 / sigma_ts**2).clamp(0, max_weight)
+    return (weight * (sigma_ts * (v_fake - (z - x0))).square()).mean()
 
 
-def consistency_loss(predict, x_t, sigma_t, v_t, delta, *walk):
-    """L_cons: two-sample estimate of |E[h(x', t')] - h(x_t, t)|^2, h(x, sigma) = x - sigma v_phi. As acdmd.py's;
-    walk: eta, noise_1, noise_2 of the two transitions."""
-    eta, *noises = walk
+def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, z_1, z_2):
+    """L_cons: two-sample estimate of |E[h(x', t')] - h(x_t, t)|^2, h(x, sigma) = x - sigma v_phi. As acdmd.py's."""
     sigma_t = per_sample(sigma_t, x_t)
     sigma_back = (sigma_t - per_sample(delta, x_t) / 1000).clamp(min=0)
-    x_back = torch.cat([cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in noises])
-    sigma_back = torch.cat([sigma_back, sigma_back])
-    h_1, h_2 = (x_back - sigma_back * predict(x_back, sigma_back.flatten())).chunk(2)
-    h_t = x_t - sigma_t * v_t
+    x_1, x_2 = (cps_step(x_t, v_t.detach(), sigma_t, sigma_back, eta, z) for z in (z_1, z_2))
+    v_1, v_2 = predict(torch.cat([x_1, x_2]), torch.cat([sigma_back, sigma_back]).flatten()).chunk(2)
+    h_t, h_1, h_2 = x_t - sigma_t * v_t, x_1 - sigma_back * v_1, x_2 - sigma_back * v_2
     return ((h_1 - h_t) * (h_2 - h_t)).mean()
 
 
 def distribution_matching_loss(x0, x0_fake, x0_teacher):
     """L_G at s = 0; its gradient is g / numel, g = (x0^phi - x0^psi) / mean|x0 - x0^psi|."""
     with torch.no_grad():
-        scale = (x0 - x0_teacher).abs().flatten(1).mean(1)
-        scale = per_sample(scale, x0)
-        # NOTE(paper): the release makes every NaN 0; here only what a zero normaliser gives, so that an error shows
+        scale = per_sample((x0 - x0_teacher).abs().flatten(1).mean(1), x0)
         g = torch.where(scale == 0, 0.0, (x0_fake - x0_teacher) / scale)
     return 0.5 * (x0 - (x0 - g).detach()).square().mean()
 
@@ -256,21 +255,22 @@ def distribution_matching_loss(x0, x0_fake, x0_teacher):
 def sample(backbone, prompts, sigmas, chosen, eta, noise):
     """Rollouts: states [B, 5, C, H, W] from noise to picture, and log-probabilities [B, 3], 0 where not chosen.
 
-    noise: Noise(seed, epoch, ...), whose key is that of the shared noise too.
+    noise: Noise((seed, epoch), ...), whose key is that of the shared noise too.
     """
-    (seed, epoch), last = noise.key, len(sigmas) - 2
-    cond, x = backbone.encode(prompts), noise.normal("start")
-    states, log_probs = [x], torch.zeros(len(prompts), last, device=x.device)
+    seed, epoch = noise.key
+    last = len(sigmas) - 2
+    cond, states = backbone.encode(prompts), [noise.normal("start")]
+    log_probs = torch.zeros(len(prompts), last, device=backbone.device)
     for j in range(last + 1):
+        z = None  # of the last step, which is deterministic
         if j in chosen:
             z = noise.normal("step", j)
-        else:  # not used by the last step, which is deterministic
-            z = to_device(shared_noise(prompts, j, epoch, seed, noise.shape), x.device)
-        v = backbone.velocity("generator", x, sigmas[j], cond)
-        x = cps_step(x, v, sigmas[j], sigmas[j + 1], eta, z)
-        states.append(x)
+        elif j < last:
+            z = to_device(shared_noise(prompts, j, epoch, seed, noise.shape), backbone.device)
+        v = backbone.velocity("generator", states[j], sigmas[j], cond)
+        states.append(cps_step(states[j], v, sigmas[j], sigmas[j + 1], eta, z))
         if j in chosen:
-            log_probs[:, j] = cps_log_prob(x, states[j], v, sigmas[j], sigmas[j + 1], eta)
+            log_probs[:, j] = cps_log_prob(states[j + 1], states[j], v, sigmas[j], sigmas[j + 1], eta)
     return torch.stack(states, 1), log_probs
 
 
@@ -282,18 +282,13 @@ def noised(x0, noise):
 
 
 def consistency(backbone, cond, point, noise, eta):
-    """L_cons of the first len(noise) samples of point = (x_t, sigma_t, v_t); 0 if there are none (gamma = 0)."""
+    """L_cons of the first len(noise) samples of point = (x_t, sigma_t, v_t)."""
     n = len(noise)
-    if n == 0:
-        return torch.zeros((), device=backbone.device)
+    x_t, sigma_t, v_t = (part[:n] for part in point)
     cond = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}  # both transitions as one batch of 2n
     delta = 1 + (noise.uniform("delta") * DELTA_MAX).floor()  # uniform on 1 .. DELTA_MAX
-    walk = eta, noise.normal("z1"), noise.normal("z2")
-
-    def predict(x, sigma):
-        return backbone.velocity("fake", x, sigma, cond)
-
-    return consistency_loss(predict, *(part[:n] for part in point), delta, *walk)
+    predict = lambda x, sigma: backbone.velocity("fake", x, sigma, cond)  # noqa: E731
+    return consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise.normal("z1"), noise.normal("z2"))
 
 
 def matching_gradient(backbone, cond, x0, noise, guidance_scale):
@@ -325,9 +320,7 @@ def pick_prompts(pairs, n, g):
     picked = {}
     for i in torch.randperm(len(pairs), generator=g).tolist():
         picked.setdefault(pairs[i][0], pairs[i])
-        if len(picked) == n:
-            break
-    return list(picked.values())
+    return list(picked.values())[:n]
 
 
 def of_one_image(gradient):
@@ -354,21 +347,20 @@ def main(args):
     for role, source in below.items():  # the generator last, whose rank all have
         frozen = models.load_adapter(backbone.network(role), backbone.roles[role][0], source)
     networks = {"rl": backbone.student, "rl_ema": backbone.student, "fake_rl": backbone.transformer}
-    rank = len(frozen[0])  # of an A, [rank, in]
-    generator, average, fake = run.adapters(networks, rank, args.init_std)  # lists of parameters, in this order
+    generator, average, fake = run.adapters(networks, len(frozen[0]), args.init_std)  # frozen[0]: an A, [rank, in]
     fused = run.device.type == "cuda"
-    optimizer = torch.optim.AdamW(generator, weight_decay=1e-4, fused=fused)
-    optimizer_fake = torch.optim.AdamW(fake, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=1e-4, fused=fused)
+    optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=fused)
     ema = models.EMA(generator, average, 0.9, args.ema_every, warmup=True)
-    n_cons = (args.consistency_batch or args.batch_size) if args.gamma else 0
-    held = args.batch_size + 2 * n_cons  # samples whose activations one backward needs: L_ac's, and L_cons' twice
-    models.set_up_blocks(backbone, args.checkpointing, held, args.compile)
+    n_cons = args.consistency_batch or args.batch_size
+    in_backward = args.batch_size + (2 * n_cons if args.gamma else 0)  # samples: L_ac's, and L_cons' twice
+    models.set_up_blocks(backbone, args.checkpointing, in_backward, args.compile)
 
     sigmas, K, C, weights = backbone.sigmas(), args.group_size, args.n_chosen, args.rewards
     last, n_images = len(sigmas) - 2, per_rank * run.world_size
     # images are numbered over all ranks: image i is of prompt i // K, and a group may straddle ranks
     mine = range(run.rank * per_rank, (run.rank + 1) * per_rank)
-    batches = torch.arange(per_rank).split(args.batch_size)
+    parts = torch.arange(per_rank).split(args.batch_size)
     # on the device, where no copy makes it wait: latents of every step, and their log-probabilities
     states = torch.empty(per_rank, len(sigmas), *backbone.latent_shape, device=run.device)
     old_log_prob = torch.empty(per_rank, last, device=run.device)
@@ -381,7 +373,7 @@ def main(args):
     def select(epoch, prompts, part, *use):
         """Prompts, text embeddings and noise of some of this rank's images."""
         texts = [prompts[i] for i in part]
-        noise = models.Noise(args.seed, epoch, *use, [mine[i] for i in part], backbone.latent_shape, run.device)
+        noise = models.Noise((args.seed, epoch, *use), [mine[i] for i in part], backbone.latent_shape, run.device)
         return texts, backbone.encode(texts), noise
 
     for epoch in run.steps("RTDMD"):
@@ -395,7 +387,7 @@ def main(args):
         backbone.remember(prompts)  # text encoders run here, once for all micro-batches
 
         # 2) sample, 3) reward
-        for part in batches:
+        for part in parts:
             if run.interrupted(epoch):
                 return
             texts, _, noise = select(epoch, prompts, part)
@@ -414,19 +406,20 @@ def main(args):
         row |= {f"group_std/{name}": r.std(1, correction=0).mean().item() for name, r in grouped.items()}
 
         # 4) fake score, on the finished samples
-        for part in batches if args.dm_weight else ():  # NOTE(paper): the release trains it also where nobody reads it
-            _, cond, noise = select(epoch, prompts, part, "fake")
-            x0 = states[to_device(part, run.device), -1]
-            x_t, sigma_t, z = noised(x0, noise)
-            v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
-            loss_ac = fake_score_loss(v_fake, x0, z, sigma_t)
-            loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta)
-            ((loss_ac + args.gamma * loss_cons) / args.batches).backward()
-            add_to(row, {"loss/ac": loss_ac, "loss/cons": loss_cons}, args.batches)
-        if args.dm_weight:
-            lr = decay * args.lr_fake
-            # averages over ranks, clips the norm at 1, steps at this rate, clears the gradients
-            row["grad_norm/fake"] = step_optimizer(optimizer_fake, lr, run.world_size, args.skip_nonfinite)
+        if args.dm_weight:  # NOTE(paper): the release trains it also where nobody reads it
+            for part in parts:
+                _, cond, noise = select(epoch, prompts, part, "fake")
+                x0 = states[to_device(part, run.device), -1]
+                x_t, sigma_t, z = noised(x0, noise)
+                v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
+                loss = fake_score_loss(v_fake, x0, z, sigma_t)
+                add_to(row, {"loss/ac": loss}, args.batches)
+                if args.gamma:
+                    loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta)
+                    add_to(row, {"loss/cons": loss_cons}, args.batches)
+                    loss = loss + args.gamma * loss_cons
+                (loss / args.batches).backward()
+            row["grad_norm/fake"] = step_optimizer(optimizer_fake, decay, run.world_size, args.skip_nonfinite)
 
         # 5) generator: L = 1/(C+1) [sum_j policy_weight L_policy,j + dm_weight L_G + bp_weight mean(relu(margin - R))]
         order = torch.randperm(per_rank, generator=seeded(args.seed, epoch, run.rank, "order"))
@@ -436,19 +429,18 @@ def main(args):
             x, old, A = states[here], old_log_prob[here], advantages[here]
             share = 1 / (args.batches * (C + 1))  # what a mean over this micro-batch weighs in L
 
-            # chosen steps (App. G, H). A is 0 in groups without signal: n_images / n_signal makes the mean one over the
-            # images that count
-            for j in chosen if args.policy_weight else ():
-                v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
-                log_prob = cps_log_prob(x[:, j + 1], x[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
-                loss = policy_loss(log_prob, old[:, j], A, args.clip_range)
-                # NOTE(paper): there steps weigh the same, which by their norms counts the last six times the first
-                weight = args.policy_weight * args.step_weights[j]
-                (weight * share * n_images / max(1, n_signal) * loss).backward()
-                drift = ((log_prob - old[:, j]).exp() - 1).abs()
-                clipped = (drift > args.clip_range).float().mean()
-                values = {"loss/policy": loss, "ratio_drift": drift.mean(), "clip_fraction": clipped}
-                add_to(row, values, args.batches * C)
+            # chosen steps (App. G, H). A is 0 in groups without signal: n_images / n_signal leaves them out of the mean
+            if args.policy_weight:
+                for j in chosen:
+                    v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
+                    log_prob = cps_log_prob(x[:, j + 1], x[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
+                    loss = policy_loss(log_prob, old[:, j], A, args.clip_range)
+                    # NOTE(paper): there steps weigh the same, which by their norms counts the last six times the first
+                    weight = args.policy_weight * args.step_weights[j]
+                    (weight * share * n_images / max(1, n_signal) * loss).backward()
+                    drift = ((log_prob - old[:, j]).exp() - 1).abs()
+                    values = {"loss/policy": loss, "ratio_drift": drift, "clip_fraction": drift > args.clip_range}
+                    add_to(row, {name: value.float().mean() for name, value in values.items()}, args.batches * C)
 
             # last step: gradients of the leash and of the reward at x0_hat, then the chain rule through the transformer
             if args.dm_weight or args.bp_weight:
@@ -466,7 +458,7 @@ def main(args):
                     g += args.bp_weight * g_bp
                     add_to(row, values | {"grad_x0/bp": args.bp_weight * of_one_image(g_bp)}, args.batches)
                 x0_hat.backward(share * g)  # recomputed blocks take the adapters they ran with: the generator's
-        row["grad_norm/generator"] = step_optimizer(optimizer, decay * args.lr, run.world_size, args.skip_nonfinite)
+        row["grad_norm/generator"] = step_optimizer(optimizer, decay, run.world_size, args.skip_nonfinite)
 
         # 6) EMA
         ema.update(epoch + 1)  # NOTE(paper): the release updates it once a micro-batch

@@ -332,7 +332,7 @@ def enlarged(image, zoom):
 def draw_steps(backbone, roles, metadata, path, n=6, zoom=2):
     """An animation: what each role expects the picture to be (x0_hat) after each of the four CPS steps, same noise."""
     prompts, sigmas = [m["prompt"] for m in metadata[:n]], backbone.sigmas()
-    cond, noise = backbone.encode(prompts), models.Noise("steps", range(n), backbone.latent_shape, backbone.device)
+    cond, noise = backbone.encode(prompts), models.Noise(("steps",), range(n), backbone.latent_shape, backbone.device)
     side, left, top = shapes.SIZE * zoom + 4, 80, 40
     frames = [Image.new("RGB", (left + n * side, top + len(roles) * side), "white") for _ in sigmas[1:]]
     for row, (name, role) in enumerate(roles.items()):

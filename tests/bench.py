@@ -118,7 +118,7 @@ def random_backbone(model, device, dtype, resolution=None):
 def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
     """{part: function that runs it once on n images}, from the stages' own functions. one: stage 1's settings."""
     cond, device = backbone.encode(["a prompt"] * n), backbone.device
-    noise, levels = models.Noise(0, range(n), backbone.latent_shape, device), sigmas[:3]
+    noise, levels = models.Noise((0,), range(n), backbone.latent_shape, device), sigmas[:3]
     n_cons = one.consistency_batch or n
 
     def fake_step():
@@ -130,13 +130,13 @@ def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
         point = x_t, sigma_t, v_fake
         loss_cons = acdmd.consistency(backbone, cond, point, noise[:n_cons], one.eta, one.delta_max)
         (loss_ac + one.gamma * loss_cons).backward()
-        models.step_optimizer(optimizers["fake"], 1e-5, 1)
+        models.step_optimizer(optimizers["fake"], 1.0, 1)
 
     def generator_step():
         x_s = acdmd.rollout(backbone, cond, levels, one.eta, noise, grad=True)
         _, g = rtdmd.matching_gradient(backbone, cond, x_s, noise, one.guidance_scale)
         x_s.backward(g)
-        models.step_optimizer(optimizers["generator"], 1e-5, 1)
+        models.step_optimizer(optimizers["generator"], 1.0, 1)
 
     def rollout_step():
         with torch.no_grad():
@@ -151,7 +151,7 @@ def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
         loss_ac = rtdmd.fake_score_loss(v_fake, x0, z, sigma_t)
         loss_cons = rtdmd.consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], one.eta)
         (loss_ac + one.gamma * loss_cons).backward()
-        models.step_optimizer(optimizers["fake"], 1e-5, 1)
+        models.step_optimizer(optimizers["fake"], 1.0, 1)
 
     def policy_step():
         for j in (0, 1):
@@ -168,7 +168,7 @@ def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
         if scorers:
             g += rtdmd.reward_gradient(backbone, scorers, ["a prompt"] * n, {"a prompt": {}}, x0_hat, 3.0)[1]
         x0_hat.backward(g)
-        models.step_optimizer(optimizers["generator"], 1e-5, 1)
+        models.step_optimizer(optimizers["generator"], 1.0, 1)
 
     return {
         "stage 1, fake score": fake_step,

@@ -81,7 +81,9 @@ class Signal:
         parts = []
         for part in torch.arange(len(prompts)).split(self.args.batch_size):
             texts = [prompts[i][0] for i in part]
-            noise = models.Noise(self.args.seed, epoch, part.tolist(), self.backbone.latent_shape, self.backbone.device)
+            noise = models.Noise(
+                (self.args.seed, epoch), part.tolist(), self.backbone.latent_shape, self.backbone.device
+            )
             x, log_prob = rtdmd.sample(self.backbone, texts, self.sigmas, chosen, self.args.eta, noise)
             with torch.no_grad():
                 images = self.backbone.decode(x[:, -1])
@@ -105,8 +107,8 @@ class Signal:
         shape, device, scores = self.backbone.latent_shape, self.backbone.device, []
         for i, (text, metadata) in enumerate(prompts):
             n = walks * continuations
-            own = models.Noise("parted", i, steps, range(n), shape, device)
-            shared = models.Noise("parted", i, steps, "shared", [k // continuations for k in range(n)], shape, device)
+            own = models.Noise(("parted", i, steps), range(n), shape, device)
+            shared = models.Noise(("parted", i, steps, "shared"), [k // continuations for k in range(n)], shape, device)
             x, cond = shared.normal("start"), self.backbone.encode([text] * n)
             for j, sigma in enumerate(self.sigmas[:-1]):
                 v = self.backbone.velocity("generator", x, sigma, cond)
@@ -151,8 +153,8 @@ class Signal:
             return loss_of
 
         def leash(texts, cond, x0_hat, rows):
-            key = args.seed, epoch, "generator", rows.tolist()
-            noise = models.Noise(*key, self.backbone.latent_shape, self.backbone.device)
+            key = args.seed, epoch, "generator"
+            noise = models.Noise(key, rows.tolist(), self.backbone.latent_shape, self.backbone.device)
             return rtdmd.matching_gradient(self.backbone, cond, x0_hat, noise, args.guidance_scale)[1]
 
         def reward(texts, cond, x0_hat, rows):

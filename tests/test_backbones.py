@@ -98,7 +98,7 @@ def row(request, folders):
 
 def theirs(row, guidance, output_type):
     """What the pipeline itself makes of the prompts in four Euler steps: latents or pictures."""
-    noise = models.Noise("sample", 5, range(len(row.prompts)), row.backbone.latent_shape, "cpu").normal("start")
+    noise = models.Noise(("sample", 5), range(len(row.prompts)), row.backbone.latent_shape, "cpu").normal("start")
     noise = row.noise(row.pipe, noise) if hasattr(row, "noise") else noise
     call = dict(guidance_scale=guidance, num_inference_steps=4, height=64, width=64) | row.call(guidance)
     return row.pipe(prompt=row.prompts, latents=noise, output_type=output_type, **call).images

@@ -415,12 +415,12 @@ def break_gradients(monkeypatch, module, at):
     """The fake score's gradient is NaN at the given optimiser steps (0, 1, ...)."""
     calls, step = [], module.step_optimizer
 
-    def broken(optimizer, lr, *args):
-        if lr == 1.0:  # --lr_fake of these tests
+    def broken(optimizer, decay, *args):
+        if optimizer.defaults["lr"] == 1.0:  # --lr_fake of these tests
             calls.append(1)
             if len(calls) - 1 in at:
                 optimizer.param_groups[0]["params"][1].grad[0, 0] = float("nan")
-        return step(optimizer, lr * 1e-3, *args)
+        return step(optimizer, decay * 1e-3, *args)
 
     monkeypatch.setattr(module, "step_optimizer", broken)
 

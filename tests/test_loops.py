@@ -57,6 +57,7 @@ def test_an_iteration_of_stage_1(tmp_path, monkeypatch):
         parameters = optimizer.param_groups[0]["params"]
         updates.append("fake" if parameters[0] is wanted["fake"][0] else "generator")
         assert all(a is b for a, b in zip(parameters, wanted[updates[-1]], strict=True))
+        assert optimizer.defaults["lr"] == {"fake": 1e-3, "generator": 2e-3}[updates[-1]]
         close(torch.cat([p.grad.flatten() for p in parameters]), wanted[f"{updates[-1]}_gradient"])
         return step(optimizer, *args)
 
@@ -65,7 +66,7 @@ def test_an_iteration_of_stage_1(tmp_path, monkeypatch):
     for name in ("fake_score_loss", "consistency", "distribution_matching_loss"):
         monkeypatch.setattr(acdmd, name, spied(name))
     monkeypatch.setattr(acdmd, "step_optimizer", spied_step)
-    flags = f"{STAGE_1} --sample_every 0 --eval_every 0 --save_every 1 --out {tmp_path}".split()
+    flags = f"{STAGE_1} --lr 2e-3 --sample_every 0 --eval_every 0 --save_every 1 --out {tmp_path}".split()
     acdmd.main(acdmd.parse_args(flags))
     assert updates == ["fake", "fake", "generator"] * 2
     # B began as 0, and moved in iterations 2 and 4; the average follows every iteration
@@ -111,7 +112,7 @@ def test_steps_back_in_time_are_1_to_delta_max(monkeypatch):
     monkeypatch.setattr(rtdmd, "consistency_loss", lambda *args: seen.append(args[4]) or torch.zeros(()))
     monkeypatch.setattr(rtdmd, "DELTA_MAX", 3)
     cond, x = backbone.encode(["a circle"] * 64), torch.zeros(64, *backbone.latent_shape)
-    noise, start = models.Noise(0, range(64), backbone.latent_shape, "cpu"), (x, torch.full((64,), 0.5), x)
+    noise, start = models.Noise((0,), range(64), backbone.latent_shape, "cpu"), (x, torch.full((64,), 0.5), x)
     acdmd.consistency(backbone, cond, start, noise, 0.9, 3)
     rtdmd.consistency(backbone, cond, start, noise, 0.9)
     assert all(delta.unique().tolist() == [1, 2, 3] for delta in seen) and len(seen) == 2
@@ -145,7 +146,9 @@ def test_an_epoch_of_stage_2(tmp_path, monkeypatch):
         prompts = [p for texts, _ in seen["parts"] for p in texts]
         states, advantages = torch.cat([part[1] for part in seen["parts"]]), seen["advantages"].flatten()
         cond, uncond, key = backbone.encode(prompts), backbone.encode([""]), (args.seed, seen["epoch"])
-        noise = {use: models.Noise(*key, use, range(8), backbone.latent_shape, "cpu") for use in ("fake", "generator")}
+        noise = {
+            use: models.Noise((*key, use), range(8), backbone.latent_shape, "cpu") for use in ("fake", "generator")
+        }
 
         x_t, t, z = rtdmd.noised(states[:, -1], noise["fake"])
         v = backbone.velocity("whole_fake", x_t, t, cond)
@@ -172,6 +175,7 @@ def test_an_epoch_of_stage_2(tmp_path, monkeypatch):
     def spied_step(optimizer, *rest):
         updates.append("generator" if updates[-1:] == ["fake"] else "fake")
         parameters = optimizer.param_groups[0]["params"]
+        assert optimizer.defaults["lr"] == {"fake": args.lr_fake, "generator": args.lr}[updates[-1]]
         losses = dict(zip(("fake", "generator"), whole_losses(), strict=True))
         close(torch.cat([p.grad.flatten() for p in parameters]), gradient(losses[updates[-1]], parameters))
         return step(optimizer, *rest)
@@ -205,7 +209,7 @@ def test_an_optimiser_step_clips_the_norm_at_1():
     for gradient, moved in (([3.0, 4.0], [-0.6, -0.8]), ([0.3, 0.4], [-0.3, -0.4])):
         p.data.zero_()
         p.grad = torch.tensor(gradient)
-        norm = models.step_optimizer(torch.optim.SGD([p], lr=7.0), 1.0, 1)
+        norm = models.step_optimizer(torch.optim.SGD([p], lr=4.0), 0.25, 1)
         assert norm.item() == pytest.approx(sum(g * g for g in gradient) ** 0.5) and p.grad is None
         assert p.tolist() == pytest.approx(moved, rel=1e-5)
 

@@ -140,7 +140,7 @@ def test_shared_noise_is_one_per_prompt_step_and_epoch(prompts, step, seed):
 
 @given(st.integers(1, 40), st.integers(1, 5), SEEDS)
 def test_samples_draw_the_same_however_the_batch_is_split(n, ranks, seed):
-    whole = models.Noise(seed, range(n), (2, 2), "cpu").normal("z")
-    parts = [models.Noise(seed, list(range(n))[r::ranks], (2, 2), "cpu").normal("z") for r in range(min(n, ranks))]
+    whole = models.Noise((seed,), range(n), (2, 2), "cpu").normal("z")
+    parts = [models.Noise((seed,), list(range(n))[r::ranks], (2, 2), "cpu").normal("z") for r in range(min(n, ranks))]
     for r, part in enumerate(parts):
         assert torch.equal(part, whole[r::ranks])
