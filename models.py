@@ -715,7 +715,7 @@ def add_run_flags(p, presets, out, unit, every):
     add("--out", type=path, default=Path(out), help="run folder")
     add("--resume", type=path, help="run or step_NNNNNN folder to go on from, with its settings where none are given")
     add("--seed", type=at_least(0), default=0, help="covers every draw and the adapters' first weights")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--device", type=device_name, choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the networks; formulas are float32")
     add("--checkpointing", default="auto", choices=["auto", "on", "off"], help="of activations; auto: if memory asks")
     add("--shard", default="none", choices=SHARD_MODES, help="of the frozen base, by FSDP2; hybrid: in a node")
@@ -789,6 +789,13 @@ def path(text):
     return Path(text).expanduser()
 
 
+def device_name(text):
+    """A flag's type: a device. Apple's is refused with what is known of it."""
+    if text == "mps":
+        raise UserError("mps: torch has no 8-bit types and no processes there, and nobody checked the rest; give cpu")
+    return text
+
+
 class UserError(ValueError, argparse.ArgumentTypeError):
     """Something a user can mend; a flag's type may raise it too. `run` prints it as one line and exits with 2."""
 
@@ -852,6 +859,9 @@ def load(
     """
     if model not in BACKBONES:
         raise UserError(f"unknown model {model!r}; allowed: {', '.join(BACKBONES)}")
+    if dtype == torch.bfloat16 and not computes_bfloat16(device):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"bfloat16 was asked for, and {name} computes none (it would be slow): give --dtype float32")
     import diffusers
 
     quiet_libraries()
@@ -883,6 +893,11 @@ def load(
             store_in_8_bits(network)
     shard(backbone, shard_mode, offload_frozen)
     return backbone
+
+
+def computes_bfloat16(device):
+    """False on GPUs older than Ampere, where torch emulates it."""
+    return torch.device(device).type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")

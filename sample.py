@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--out", type=models.path, help="new folder (default: out/samples, out/samples_2, ...)")
     add("--seed", type=at_least(0), default=0, help="of image i's noise, and of the choice of classroom captions")
     add("--batch_size", type=at_least(1), help="images at once (default: 8 of 1024x1024, up to 50 of smaller ones)")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--device", type=models.device_name, choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = p.parse_args(argv)
     args.few_step = args.guidance_scale is None if args.lora else args.steps == len(models.FEW_STEPS)
     if args.eta is None:
@@ -250,7 +250,8 @@ def main(args):
     if weights or args.fd_reference:
         size = args.reward_batch_size or args.batch_size
         scorers = rewards.load_scorers(weights, device, args.reward_dir, size, args.offload_rewards)
-    dtype = torch.bfloat16 if device.type == "cuda" and args.model != "classroom" else torch.float32
+    mixed = device.type == "cuda" and args.model != "classroom" and models.computes_bfloat16(device)
+    dtype = torch.bfloat16 if mixed else torch.float32
     # one network is enough here: FLUX.2's generator, which has weights of its own, or its teacher
     student = models.BACKBONES[args.model].get("student") if args.few_step or args.lora else None
     if rank == 0:
