@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -943,8 +944,12 @@ def load_transformer(cls, folder, dtype):
     state = {}
     for file in weight_files(Path(folder)):
         state |= load_tensors(file)
+    state = {key: value.to(dtype or value.dtype) for key, value in state.items()}
     try:
-        model.load_state_dict({key: value.to(dtype or value.dtype) for key, value in state.items()}, assign=True)
+        model.load_state_dict(state, assign=True)
+        if any(getattr(t, "is_meta", False) for m in model.modules() for t in tree_leaves(vars(m))):
+            model = cls.from_config(config)  # it makes tables that no file holds: they need numbers
+            model.load_state_dict(state, assign=True)
     except RuntimeError as error:  # missing, left-over or misshapen keys, all named
         raise UserError(f"{folder} does not hold a {cls.__name__}: {' '.join(str(error).split())[:500]}") from None
     digest = hashlib.sha256()  # of some numbers of each tensor, in bf16: alike from files of either dtype
@@ -1255,8 +1260,12 @@ def needs_checkpointing(backbone, setting, samples):
 def set_up_blocks(backbone, checkpointing, samples, compiled):
     """Activation checkpointing as the setting and `samples` ask for, the VAE's too, and torch.compile."""
     if needs_checkpointing(backbone, checkpointing, samples):
-        if backbone.vae._supports_gradient_checkpointing:  # the DC-AE does not
+        if backbone.vae._supports_gradient_checkpointing:
             backbone.vae.enable_gradient_checkpointing()
+        else:  # the DC-AE, where one picture would take 4 GB
+            again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+            for block in (block for stage in backbone.vae.decoder.up_blocks for block in stage):
+                block.forward = functools.partial(again, block.forward)
         for network in backbone.networks():
             enable_checkpointing(network)
     if compiled:

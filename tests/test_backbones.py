@@ -1,5 +1,6 @@
 """Every family as the scripts run it, against its own pipeline in diffusers, on complete small random pipelines."""
 
+import importlib.util
 import inspect
 import json
 import shutil
@@ -184,22 +185,23 @@ def test_adapters_and_what_is_merged_load_in_diffusers(row, tmp_path):
 
 
 def test_networks_in_bf16_are_told_the_noise_level_exactly(row, monkeypatch):
-    """Two units in 1000 are lost where time is rounded to bf16."""
-    backbone = models.load(row.model, row.folder, resolution=64, dtype=torch.bfloat16)
+    """What time is embedded, as in float32: two units in 1000 are lost where it is rounded to bf16."""
     seen, embed = [], diffusers.models.embeddings.get_timestep_embedding
 
     def spied(timesteps, *args, scale=1, **kwargs):
-        seen.append(timesteps.float() * scale)
+        seen[-1].append(timesteps.float() * scale)
         return embed(timesteps, *args, scale=scale, **kwargs)
 
-    for module in (diffusers.models.embeddings, sys.modules[type(backbone.transformer).__module__]):
+    for module in (diffusers.models.embeddings, sys.modules[type(row.backbone.transformer).__module__]):
         if hasattr(module, "get_timestep_embedding"):
             monkeypatch.setattr(module, "get_timestep_embedding", spied)
-    sigma, x = torch.tensor([0.8491, 0.9731]), torch.randn(2, *backbone.latent_shape)
-    backbone.velocity("generator", x, sigma, backbone.encode(["a", "b"]), 3.5, backbone.encode([""]))
-    levels = 1000 * (sigma if backbone.embedded_guidance else torch.cat([sigma, sigma]))
-    torch.testing.assert_close(seen[0], levels, rtol=1e-6, atol=0)
-    assert len(seen) == 1 + backbone.embedded_guidance and all((guidance == 3500).all() for guidance in seen[1:])
+    sigma, x = torch.tensor([0.8491, 0.9731]), torch.randn(2, *row.backbone.latent_shape)
+    for backbone in (row.backbone, models.load(row.model, row.folder, resolution=64, dtype=torch.bfloat16)):
+        seen.append([])
+        backbone.velocity("generator", x, sigma, backbone.encode(["a", "b"]), 3.5, backbone.encode([""]))
+    assert len(seen[0]) == len(seen[1]) == 1 + row.backbone.embedded_guidance
+    for exact, rounded in zip(*seen, strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=1e-6, atol=0)
 
 
 SMALL = "--resolution 64 --batch_size 2 --dtype float32 --device cpu --sample_every 0 --eval_every 0".split()
@@ -298,6 +300,8 @@ def test_published_architectures(model):
         linears = {n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
         models.prepare_for_lora(network, family.lora_targets)
     wrapped = set(models.lora_modules(network))
+    in_blocks = {m for block in models.blocks(network) for m in block.modules()}
+    assert in_blocks.issuperset(models.lora_modules(network).values())  # which are sharded, compiled, kept in 8 bits
     if model in SMALLER:
         path, n, names = SMALLER[model]
         assert wrapped == {path.format(i, name) for i in range(n) for name in names.split()} and wrapped <= linears
@@ -390,6 +394,51 @@ def test_compiled_blocks_compute_the_same_for_every_role(monkeypatch, strict_dyn
 def test_weights_of_another_family_are_refused(folders):
     with pytest.raises(models.UserError, match="holds a FluxPipeline, and --model flux2-4b needs a Flux2KleinPipeline"):
         models.load("flux2-4b", folders("flux1"))
+
+
+def test_tables_that_no_file_holds_have_numbers_after_loading(tmp_path):
+    """SANA's of 2K and 4K have one of positions, which is not saved."""
+    sizes = dict(num_attention_heads=1, attention_head_dim=16, num_layers=1, num_cross_attention_heads=1)
+    sizes |= dict(cross_attention_head_dim=16, cross_attention_dim=16, caption_channels=8, sample_size=4)
+    network = diffusers.SanaTransformer2DModel(**sizes, interpolation_scale=1.0)
+    network.save_pretrained(tmp_path)
+    loaded = models.load_transformer(type(network), tmp_path, torch.float32)
+    assert torch.equal(loaded.patch_embed.pos_embed, network.patch_embed.pos_embed)
+    for key, value in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+
+
+def test_the_dc_ae_is_checkpointed_too(folders):
+    """Its class has no checkpointing of its own: the same gradient, with less kept for it."""
+    found = []
+    for setting in ("off", "on"):
+        backbone, kept = models.load("sana", folders("sana"), resolution=64), []
+        models.set_up_blocks(backbone, setting, 1, compiled=False)
+        z = torch.randn(1, *backbone.latent_shape, generator=models.seeded("z")).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+            loss = backbone.decode(z).square().mean()
+        found.append((*torch.autograd.grad(loss, z), sum(kept)))
+    (want, whole), (got, less) = found
+    torch.testing.assert_close(got, want)
+    assert want.abs().max() > 0 and less < 0.6 * whole
+
+
+def test_a_package_that_a_pipeline_needs_is_asked_for_before_anything_loads(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ftfy" else find(name, *more))
+    with pytest.raises(models.UserError, match="--model prx needs a package: pip install ftfy"):
+        models.load("prx", tmp_path / "nothing is there")
+
+
+@pytest.mark.parametrize("model, said", (("sana", "diffusers' load_lora_weights read it"), ("prx", "--export")))
+def test_the_way_out_is_told_where_diffusers_has_no_lora_loader(folders, tmp_path, capsys, model, said):
+    backbone = models.load(model, folders(model), resolution=64)
+    models.add_adapter(backbone.transformer, "mine", 2)
+    models.save_adapter(backbone.transformer, "mine", tmp_path / "mine")
+    flags = ["--model", model, "--lora", str(tmp_path / "mine"), "--export_lora", str(tmp_path / "one.safetensors")]
+    sample.main(sample.parse_args(flags))
+    assert said in capsys.readouterr().out
+    assert backbone.lora_loader == hasattr(type(backbone.transformer), "load_lora_adapter")
 
 
 @pytest.mark.parametrize(

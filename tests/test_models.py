@@ -127,7 +127,7 @@ def test_a_compiled_layer_in_8_bits_keeps_8_bits_for_its_backward():
     """aot_eager_decomp_partition divides forward from backward as inductor does, and needs no C++ compiler."""
     network = torch.nn.Module()
     layer = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
-    network.transformer_blocks = [layer.requires_grad_(False)]
+    network.transformer_blocks = torch.nn.ModuleList([layer.requires_grad_(False)])
     models.store_in_8_bits(network)
     compiled, kept = torch.compile(layer, backend="aot_eager_decomp_partition"), []
     x = torch.randn(3, 64, generator=models.seeded("x"), requires_grad=True)
