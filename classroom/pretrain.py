@@ -1,10 +1,13 @@
-"""Stage 0: train the classroom's teacher from nothing, about 20 minutes on 2 CPU cores.
+"""Stage 0: train the classroom's teacher from nothing, about half an hour on 2 CPU cores.
 
 1. VAE: a small AutoencoderKL (64x64 px -> 4x8x8 latents), L1 + L2 reconstruction and a little KL.
 2. CLIP: a small CLIPModel, contrastive, plus a loss that makes its text tower's penultimate layer tell the parse.
    That layer is what SD3 reads, and contextual text features are what let a small transformer bind colours to shapes.
 3. Teacher: an SD3Transformer2DModel, flow matching v = noise - x0, on pre-encoded latents; Muon for the matrices of
-   the blocks, AdamW for the rest, EMA, caption dropout 10% for classifier-free guidance.
+   the blocks, AdamW for the rest, EMA, caption dropout 10% for classifier-free guidance. Its captions are true for the
+   first 65% of the steps, so that it learns to draw and to read. Then they are unreliable, as captions of the web are:
+   pictures show an object twice or contradict their caption (shapes.unreliable_scene says how often). So the teacher
+   fails as published ones do, by miscounting, misplacing and mixing up what it can draw, and stage 2 has what to mend.
 
     torchrun --nproc_per_node=2 classroom/pretrain.py              (or plain `python classroom/pretrain.py`)
 

@@ -35,6 +35,23 @@ def test_splits_are_disjoint_and_in_genevals_schema():
         shapes.captions("colors", "exam")
 
 
+def test_unreliable_pictures_fail_their_captions_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    metadata = shapes.sample_prompts(6000, 0, "heldout")
+    for m in metadata[:60]:
+        drawn = shapes.contradict(m, rng)
+        assert drawn["include"] != m["include"] and drawn["prompt"] == m["prompt"]
+        assert strict(shapes.render([shapes.scene(drawn, rng)], rng), [m]) == 0, m["prompt"]
+    images = shapes.render([shapes.unreliable_scene(m, rng) for m in metadata], rng)
+    pairs = zip(shapes.detect(images), metadata, strict=True)
+    hits = np.array([rewards.geneval_check(found, m)["strict"] for found, m in pairs])
+    for task, rate in shapes.UNRELIABLE.items():
+        right = (1 - rate) * (1 - shapes.SURPLUS)  # a contradiction and a surplus cancel only where one less is counted
+        right += rate * shapes.SURPLUS if task == "counting" else 0
+        got = hits[[m["tag"] == task for m in metadata]].mean()
+        assert abs(got - right) < 0.05, (task, got, right)
+
+
 def test_judge_is_exact_on_real_pictures_and_rejects_shuffled_captions():
     metadata, images = pictures(2000, 0)
     assert strict(images, metadata) == 1.0

@@ -79,7 +79,7 @@ def checkout(tmp_path, monkeypatch):
             (tmp_path / path.name).symlink_to(path)
     rows = "".join(json.dumps(row) + "\n" for row in rewards.geneval_prompts(3))
     (tmp_path / "evaluation_metadata.jsonl").write_text(rows)
-    for run in ("classroom/acdmd", "classroom/rtdmd", "sd35/acdmd", "mine/acdmd", "mine/rtdmd"):
+    for run in ("classroom/acdmd", "classroom/rtdmd", "sd35/acdmd", "mine/acdmd", "mine/rtdmd", "sana/acdmd"):
         shutil.copytree(ROOT / "classroom/adapters" / Path(run).name, tmp_path / "out" / run / "final")
     monkeypatch.chdir(tmp_path)
     return tmp_path
