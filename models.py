@@ -555,7 +555,7 @@ KLEIN = "black-forest-labs/FLUX.2-klein"
 # facts of each; settings are in a stage's PRESETS. resolution: pixels a side; pictures: of sample.py's, where others;
 # text_tokens: of T5, Qwen or Gemma; guidance: the teacher's; student: what the generator starts from, where other
 BACKBONES = {
-    "classroom": dict(family=SD3, repo=CLASSROOM / "teacher", resolution=64, text_tokens=2, guidance=3.0),  # T5 is mute
+    "classroom": dict(family=SD3, repo=CLASSROOM / "teacher", resolution=64, text_tokens=2, guidance=2.0),  # T5 is mute
     "sana": dict(family=Sana, repo="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512)
     | dict(text_tokens=300, guidance=4.5),
     "prx": dict(family=PRX, repo="Photoroom/prx-512-t2i-sft", resolution=512, text_tokens=256, guidance=5.0),

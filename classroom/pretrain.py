@@ -436,7 +436,7 @@ def save_teacher(model, ema, folder, n_prompts):
     for i in range(0, n_prompts, 60):
         prompts = [m["prompt"] for m in metadata[i : i + 60]]
         g = torch.Generator().manual_seed(i)
-        call = dict(num_inference_steps=28, guidance_scale=3.0, max_sequence_length=2, output_type="pt", generator=g)
+        call = dict(num_inference_steps=28, guidance_scale=2.0, max_sequence_length=2, output_type="pt", generator=g)
         images.append(pipe(prompts, **call).images)
     hits = strict(torch.cat(images), metadata)
     tags = np.array([m["tag"] for m in metadata])
