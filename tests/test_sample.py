@@ -63,7 +63,7 @@ SAMPLERS = (  # flags, the sampler in words, its network evaluations, raw timest
     ([*LORA, "--steps", 8, "--eta", 0.5], "8 CPS steps, eta 0.5, no guidance", 8, range(1000, 0, -125)),
     ([*LORA, "--guidance_scale", 2], "4 Euler steps, guidance 2.0", 8, None),
     ([], "4 CPS steps, eta 0.9, no guidance", 4, models.FEW_STEPS),
-    (["--steps", 3], "3 Euler steps, guidance 3.0", 6, None),
+    (["--steps", 3], "3 Euler steps, guidance 2.0", 6, None),
 )
 
 
