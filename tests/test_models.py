@@ -305,7 +305,7 @@ def test_export_is_the_stack_merged(backbone, tmp_path):
     backbone.roles["both"] = ("generator", "fake")
     latents = models.sample_latents(backbone, PROMPTS, backbone.sigmas(4), role="both")
     with torch.no_grad():
-        assert (backbone.decode(latents) - want).abs().max() < 1e-4
+        assert (backbone.decode(latents) - want).abs().max() < 2e-3  # the files are fp16, and so is what is merged
 
 
 def test_a_stack_is_written_as_one_adapter(backbone, tmp_path):
