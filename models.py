@@ -1535,7 +1535,7 @@ class Run:
         """Parts of a value {part: number} that must be what they were when the run began, else the flag is refused.
         before: what runs had that did not save it."""
         self.pinned[flag] = value
-        was = (self.state or {}).get(flag, before)
+        was = self.state.get(flag, before) if self.state else None
         if isinstance(was, dict) and any(was.get(part, now) != now for part, now in value.items()):
             given = getattr(self.args, flag)
             given = " ".join(map(str, given)) or "left out" if isinstance(given, list) else given
