@@ -159,6 +159,9 @@ def random_backbone(model, device, dtype, resolution=None, config=None, frozen_d
     return backbone
 
 
+BY_HAND = ("sd3", "flux1", "flux2")
+
+
 def flops_by_hand(backbone):
     """FLOP of one forward by one sample, from the widths alone: two for each multiply and add."""
     c, text, family = backbone.transformer.config, TEXT[backbone.family], backbone.family
@@ -599,7 +602,9 @@ def main(args):
     parts = steps_of(backbone, optimizers, n, one, backbone.sigmas())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{args.model} on {name}, torch {torch.__version__}, {dtype}, base {args.frozen_dtype or dtype}, batch {n}")
-    hand = f", {flops_by_hand(backbone) / 1e9:.4g} by hand" if args.random_weights else ""
+    hand = (
+        f", {flops_by_hand(backbone) / 1e9:.4g} by hand" if args.random_weights and backbone.family in BY_HAND else ""
+    )
     print(f"{total / 1e6:.1f} M parameters, {backbone.flops / 1e9:.4g} GFLOP a forward{hand}")
     if device.type == "cpu":
         print(f"resident before any weight: {resident:.2f} GB, which is part of the peak")
