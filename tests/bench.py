@@ -313,6 +313,8 @@ class LiveBytes(TorchDispatchMode):
 class NoOptimizer:
     """Clears gradients like an optimiser; Adam would read its step count, and fake tensors have no numbers."""
 
+    defaults = {"lr": 0.0}
+
     def __init__(self, parameters):
         self.param_groups = [{"params": parameters}]
 
