@@ -38,7 +38,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -362,7 +362,10 @@ class Backbone:
     def flops(self):
         """FLOP of one evaluation by one sample, as torch counts matrix products and attention."""
         x, cond = torch.randn(1, *self.latent_shape, device=self.device), self.encode([""])
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # torch counts the attention of GPUs, and leaves a CPU's out
+        on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        attention = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}  # of their shapes
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=attention) as counter:
             self.velocity("teacher", x, 0.5, cond)
         return counter.get_total_flops()
 

@@ -12,14 +12,17 @@ step with the leash).
 MFU: matrix products and attention of the forwards, as torch counts them, a backward as one forward more (the frozen
 base needs no weight gradients), over the device's dense bf16 peak. A recomputed forward is not counted.
 
---plan runs the same parts on fake tensors, which have shapes and no numbers, and adds up what is alive at once (a
-minute or two a model). What kernels need inside, fragments and the CUDA context (1 to 2 GB) come on top: the largest
-batch leaves 10%.
+--plan runs the same parts on fake tensors, which have shapes and no numbers, and adds up what is alive at once. Blocks
+of a kind are alike: it runs networks of one and of two of each kind, and multiplies. What kernels need inside,
+fragments and the CUDA context (1 to 2 GB) come on top: the largest batch leaves 10%.
 """
 
 import argparse
+import functools
 import json
 import math
+import os
+import re
 import sys
 import time
 import weakref
@@ -48,10 +51,10 @@ SD3 |= dict(num_attention_heads=24)
 PUBLISHED = {  # model -> numbers of its transformer (sana, prx: as diffusers' scripts/convert_*_to_diffusers.py say)
     "sana": dict(num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72)
     | dict(cross_attention_dim=1152, sample_size=16),
-    "prx": {},
+    "prx": dict(depth=16),
     "sd3": SD3 | dict(pos_embed_max_size=192),
     "sd35": SD3 | dict(pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
-    "flux1": dict(guidance_embeds=True),
+    "flux1": dict(num_layers=19, num_single_layers=38, guidance_embeds=True),
     "flux2-4b": dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680)
     | dict(guidance_embeds=False),
     "flux2-9b": dict(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288)
@@ -63,19 +66,60 @@ DEEP |= {f"{side}_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3 f
 DEEP |= {f"{side}_qkv_multiscales": ((), (), (), (5,), (5,), (5,)) for side in ("encoder", "decoder")}
 
 
-def random_backbone(model, device, dtype, resolution=None):
-    """models.Backbone of a published architecture with random weights, and dummy embeddings of one prompt."""
+def depth_of(model):
+    """What a network's class calls the number of its plain blocks."""
+    return "depth" if model == "prx" else "num_layers"
+
+
+def kinds(model):
+    """{kind of block: how many the network has}. Blocks of a kind are alike. dual: SD3.5's, with two attentions."""
+    c = PUBLISHED[model]
+    dual = len(c.get("dual_attention_layers", ()))
+    counts = {"plain": c[depth_of(model)] - dual, "dual": dual, "single": c.get("num_single_layers", 0)}
+    return {kind: n for kind, n in counts.items() if n}
+
+
+def with_blocks(model, plain, dual=0, single=0):
+    """Numbers of the published network with so many blocks of each kind."""
+    c = PUBLISHED[model] | {depth_of(model): plain + dual}
+    c |= {"dual_attention_layers": tuple(range(dual))} if dual else {}
+    return c | ({"num_single_layers": single} if single else {})
+
+
+def fill(module, device, dtype, done=()):
+    """Random numbers in place of a meta module's parameters and buffers; any do for position tables. done: left out."""
+    for m in (m for m in module.modules() if m not in done):
+        for name, p in m._parameters.items():
+            if p is not None:
+                value = torch.empty(p.shape, dtype=dtype, device=device)
+                value = value.fill_(1.0) if p.ndim == 1 and name == "weight" else value.normal_(std=0.02)  # of a norm
+                m._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+        for name, b in m._buffers.items():
+            if b is not None:
+                kind = dtype if b.is_floating_point() else b.dtype
+                value = torch.zeros(b.shape, dtype=kind, device=device)
+                m._buffers[name] = value.normal_() if b.is_floating_point() else value
+
+
+def random_backbone(model, device, dtype, resolution=None, config=None, frozen_dtype=None, alone=False):
+    """models.Backbone of a published architecture with random weights, and dummy embeddings of one prompt.
+
+    config: numbers of its transformer in place of the published ones. frozen_dtype: turned into 8 bits block by block,
+    so that the whole network never lies in memory in `dtype`. alone: without FLUX.2's second transformer.
+    """
     spec = models.BACKBONES[model]
     family = spec["family"]
     cls = getattr(diffusers, family.network_class)
     with torch.device("meta"):
-        networks = [cls(**PUBLISHED[model]) for _ in range(2 if "student" in spec else 1)]
-    for i, network in enumerate(networks):
-        networks[i] = network.to(dtype).to_empty(device=device)
-        for name, p in networks[i].named_parameters():
-            torch.nn.init.ones_(p) if "norm" in name and p.ndim == 1 else torch.nn.init.normal_(p, std=0.02)
-        for b in networks[i].buffers():  # position tables: any numbers do
-            torch.nn.init.normal_(b) if b.is_floating_point() else b.zero_()
+        count = 2 if "student" in spec and not alone else 1
+        networks = [cls(**(config or PUBLISHED[model])) for _ in range(count)]
+    for network in networks:
+        done = set()
+        for module in (*models.blocks(network), network):
+            fill(module, device, dtype, done)
+            done |= set(module.modules())
+            if frozen_dtype and module is not network:
+                models.store_in_8_bits(SimpleNamespace(transformer_blocks=[module]))
     wide = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
     wide |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     if family is models.Flux2:
@@ -113,6 +157,31 @@ def random_backbone(model, device, dtype, resolution=None):
         cond[mask] = torch.ones(TEXT[family.family])
     backbone._embeddings = {prompt: {k: v.to(dtype) for k, v in cond.items()} for prompt in ("", "a prompt")}
     return backbone
+
+
+BY_HAND = ("sd3", "flux1", "flux2")
+
+
+def flops_by_hand(backbone):
+    """FLOP of one forward by one sample, from the widths alone: two for each multiply and add."""
+    c, text, family = backbone.transformer.config, TEXT[backbone.family], backbone.family
+    image, d = backbone.image_tokens, c.num_attention_heads * c.attention_head_dim
+    both, n, single = image + text, c.num_layers, getattr(c, "num_single_layers", 0)
+    attention = 2 * d * both**2 * (n + single)  # QK^T and its product with V
+    channels = c.patch_size**2 * (c.in_channels + c.out_channels) if family == "sd3" else 2 * c.in_channels
+    ends = image * channels * d + text * c.joint_attention_dim * d + (256 + d) * d + 2 * d * d  # time; last norm
+    if family == "sd3":  # q, k, v, out and an MLP of 4 d are 12 d^2 a token, norms' scales and shifts 6 d^2 a sample
+        dual = len(c.dual_attention_layers)
+        products = (12 * n + 4 * dual) * image + 12 * (n - 1) * text + 3 * text  # the last block gives no text
+        products += (6 * n + 3 * dual) + 6 * (n - 1) + 2
+        attention += 2 * d * image**2 * dual
+        ends += (c.pooled_projection_dim + d) * d
+    elif family == "flux1":
+        products = 12 * both * (n + single) + 12 * n + 3 * single
+        ends += (c.pooled_projection_dim + d) * d + (256 + d) * d * c.guidance_embeds
+    else:  # a gated MLP of 3 d: 9 d^2; scales and shifts are made once for all blocks
+        products = 13 * both * (n + single) + 2 * 6 + 3
+    return 2 * (products * d * d + attention + ends)
 
 
 def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
@@ -170,7 +239,16 @@ def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
         x0_hat.backward(g)
         models.step_optimizer(optimizers["generator"], 1.0, 1)
 
+    def velocity_step():
+        v = backbone.velocity("generator", states[:, 0], 0.5, cond)
+        v.square().mean().backward()
+        parameters = optimizers["generator"].param_groups[0]["params"]
+        slope = torch.stack([p.grad.norm() for p in parameters]).norm()
+        optimizers["generator"].zero_grad()
+        return {"norm": v.detach().norm(), "grad_norm": slope}
+
     return {
+        "velocity, generator": velocity_step,
         "stage 1, fake score": fake_step,
         "stage 1, generator": generator_step,
         "stage 2, rollout": rollout_step,
@@ -180,19 +258,23 @@ def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
     }
 
 
-def measure(step, backbone, images, repeat):
-    """models.speed of `repeat` calls after two to warm up."""
+def measure(step, backbone, images, repeat, warmup=2):
+    """models.speed of `repeat` calls after `warmup`, and what the last call gave."""
     cuda = backbone.device.type == "cuda"
-    step(), step()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    backbone.evaluations, start = 0, time.perf_counter()
-    for _ in range(repeat):
+    for _ in range(warmup):
         step()
     if cuda:
         torch.cuda.synchronize()
-    return models.speed(backbone, time.perf_counter() - start, repeat, images * repeat)
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():  # Linux: the peak of resident memory begins anew
+        Path("/proc/self/clear_refs").write_text("5")
+    backbone.evaluations, start = 0, time.perf_counter()
+    for _ in range(repeat):
+        given = step()
+    if cuda:
+        torch.cuda.synchronize()
+    row = models.speed(backbone, time.perf_counter() - start, repeat, images * repeat)
+    return row | {name: value.item() for name, value in (given or {}).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,6 +313,8 @@ class LiveBytes(TorchDispatchMode):
 class NoOptimizer:
     """Clears gradients like an optimiser; Adam would read its step count, and fake tensors have no numbers."""
 
+    defaults = {"lr": 0.0}
+
     def __init__(self, parameters):
         self.param_groups = [{"params": parameters}]
 
@@ -242,18 +326,37 @@ class NoOptimizer:
             p.grad = None
 
 
-class Differentiable:
-    """The preset's differentiable rewards at published size, their weights on the meta device."""
+class Transient:
+    """In place of differentiable rewards: their mean is the image's, and their gradient takes as many bytes meanwhile.
 
-    def __init__(self):
-        files = bench_rewards.RandomWeights()
-        files.device = "meta"
-        self.scorers = [cls(files, "cpu") for cls in (rewards.CLIPScore, rewards.HPSv2, rewards.PickScore)]
-        self.weights = {scorer.columns[0]: 1.0 for scorer in self.scorers}
-        self.offload, self.call = False, lambda scorer, images, prompts, about: scorer(images, prompts)
+    rewards.Scorers.differentiable takes each scorer's gradient inside itself, so that nothing of theirs outlives it.
+    """
+
+    scorers = ()
+
+    def __init__(self, size):
+        self.size = size
 
     def differentiable(self, images, prompts, about):
-        return rewards.Scorers.differentiable(self, images, prompts, about)
+        images.new_empty(len(images) * self.size // images.element_size())
+        return images.mean((1, 2, 3))
+
+
+@functools.cache
+def reward_bytes(names, resolution):
+    """Bytes that scoring one image with gradient has alive at its peak: of the differentiable ones among `names`."""
+    files = bench_rewards.RandomWeights()
+    files.device, peak = "meta", 0
+    for cls in dict.fromkeys(rewards.SCORERS[name] for name in names):
+        if cls.differentiable:
+            scorer = cls(files, "cpu")
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                make_fake(scorer)
+                image = torch.rand(1, 3, resolution, resolution, requires_grad=True)
+                with LiveBytes(scorer) as live:
+                    torch.autograd.grad(scorer(image, ["a prompt"])[cls.columns[0]].sum(), image)
+            peak = max(peak, live.peak)
+    return peak
 
 
 def make_fake(module):
@@ -271,8 +374,11 @@ def size_of(*modules):
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
-def peaks(backbone, n, one, scorers, checkpointing=False, only=""):
-    """{part: (bytes alive at its peak beside weights and adapters, evaluations)} of n images, on fake tensors."""
+def peaks(backbone, n, one, scorers, checkpointing=False, only="", rank=32):
+    """{part: (bytes alive at its peak beside weights and adapters, evaluations)} of n images, on fake tensors.
+
+    only: a pattern that the part's name must match.
+    """
     known = [*backbone.networks(), backbone.vae, *(scorers.scorers if scorers else ())]
     sigmas = backbone.sigmas()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -281,13 +387,16 @@ def peaks(backbone, n, one, scorers, checkpointing=False, only=""):
         backbone.device, optimizers = torch.device("cpu"), {}
         for name, network in (("generator", backbone.student), ("fake", backbone.transformer)):
             network.lora_switch.device = backbone.device
-            optimizers[name] = NoOptimizer(models.add_adapter(network, name, 32))
+            optimizers[name] = NoOptimizer(models.add_adapter(network, name, rank))
             backbone.roles[name] = (name,)
         models.set_up_blocks(backbone, "on" if checkpointing else "off", n, compiled=False)
         _ = backbone.uncond, backbone.flops
-        found = {}
-        for part, step in steps_of(backbone, optimizers, n, one, sigmas, scorers).items():
-            if only not in part:
+        found, latents = {}, torch.empty(n, *backbone.latent_shape)
+        parts = steps_of(backbone, optimizers, n, one, sigmas, scorers)
+        parts["sample, latents"] = lambda: models.sample_latents(backbone, ["a prompt"] * n, sigmas, one.eta)
+        parts["sample, decoding"] = torch.no_grad()(lambda: backbone.decode(latents))
+        for part, step in parts.items():
+            if not re.search(only, part):
                 continue
             backbone.evaluations = 0
             with LiveBytes(*known) as live:
@@ -296,65 +405,135 @@ def peaks(backbone, n, one, scorers, checkpointing=False, only=""):
     return found
 
 
+def extrapolated(count, blocks):
+    """count({kind: n}) -> {name: number} at `blocks`, from networks of one block of each kind, and of one more of each.
+
+    All that is counted grows by as much with each further block of a kind; what `count` leaves out does not grow.
+    """
+    few = dict.fromkeys(blocks, 1 if len(blocks) > 1 else 2)  # SD3's last block is not like its others
+    first = count(few, False)
+    total = dict(first)
+    for kind, n in blocks.items():
+        if n > few[kind]:
+            for name, number in count(few | {kind: few[kind] + 1}, True).items():
+                total[name] += (n - few[kind]) * (number - first[name])
+    return total
+
+
+PARTS = {1: ("fake score", "generator"), 2: ("rollout", "fake score", "policy", "last step")}  # of each stage
+
+
+def counted(model, args, one, resolution, checkpointing, only="stage|sample"):
+    """Facts of the published network and of one image, {name: number}: bytes, FLOP of a forward, evaluations."""
+    dtype = getattr(torch, args.dtype)
+    scorers = Transient(reward_bytes(tuple(args.rewards), resolution)) if args.rewards else None
+    growing = f"(?=.*({only}))(?=.*(score|generator|policy|last))"  # without gradient nothing is kept, nothing grows
+
+    def count(blocks, more):
+        backbone = random_backbone(model, "meta", dtype, resolution, with_blocks(model, **blocks))
+        facts = {"loaded": size_of(*backbone.networks()), "vae": size_of(backbone.vae)}
+        for network in backbone.networks() if args.frozen_dtype else ():
+            models.store_in_8_bits(network)
+        facts["frozen"] = size_of(*backbone.networks())
+        facts["block"] = max(size_of(m) for network in backbone.networks() for m in models.blocks(network))
+        pattern = growing if more else only
+        for part, (size, evaluations) in peaks(backbone, 1, one, scorers, checkpointing, pattern, args.rank).items():
+            facts |= {part: size, f"{part}, evaluations": evaluations}
+        # of generator or fake score, float32; as large are its gradients
+        facts |= {"adapter": adapter_bytes(backbone) / 2, "latents": 4 * math.prod(backbone.latent_shape)}
+        return facts | {"flops": backbone.flops}
+
+    return extrapolated(count, kinds(model))
+
+
 # GB in bf16 of what encodes the text, from the published parameter counts: CLIP L .124, CLIP G .695, T5-XXL 4.762,
 # Qwen3 4B 4.022 and 8B 8.191, Gemma 2 2B (SANA's) and T5Gemma 2B's encoder (PRX's) 2.614 billion
 ENCODERS = {"sana": 5.23, "prx": 5.23, "sd3": 11.16, "sd35": 11.16, "flux1": 9.77, "flux2-4b": 8.04, "flux2-9b": 16.38}
-# GB in fp32 of clipscore, hpsv2, pickscore and geneval's detector, the published set
-REWARDS = [4 * billions for billions in (0.428, 0.986, 0.986, 0.069)]
+# GB of the scorers, which are float32, and in bf16 the two with a language model
+REWARDS = {"clipscore": 1.71, "aesthetic": 1.71, "hpsv2": 3.94, "pickscore": 3.94, "imagereward": 1.78, "ocr": 0.05}
+REWARDS |= {"geneval": 0.28, "hpsv3": 15.4, "geneval2": 17.6}
 GPUS = {"sana": 8, "prx": 8, "sd3": 16, "sd35": 8, "flux1": 32, "flux2-4b": 16, "flux2-9b": 32}  # stage 2's; 1: 8
 
 
 def plan(model, args):
-    """Rows of the plan, one a stage: {term: GB}, "sum", "batch", the "largest" batch that fits, GPU "hours" in all."""
+    """Rows of the plan: the stages, the sample grid within each, sample.py.
+
+    A row is {term: GB}, "sum", "batch", the "largest" batch that fits, GPU "hours" of the published run, and "host": GB
+    of host memory that all processes of a machine ask for while each loads the whole pipeline.
+    """
     one, two = acdmd.parse_args(["--model", model, "--prompts", __file__]), rtdmd.PRESETS[model]
     resolution = args.resolution or models.BACKBONES[model]["resolution"]
     splits = args.offload_frozen or args.shard != "none"  # then auto is on
     open_ways = (False, True) if args.checkpointing == "auto" and not splits else (args.checkpointing != "off",)
-    found = {}
-    for checkpointing in open_ways:
-        backbone = random_backbone(model, "meta", torch.bfloat16, resolution)
-        for network in backbone.networks() if args.frozen_dtype else ():
-            models.store_in_8_bits(network)
-        found[checkpointing] = peaks(backbone, 1, one, Differentiable(), checkpointing)
-    adapter = adapter_bytes(backbone) / 2 / 1e9  # of generator or fake score, fp32; as large are its gradients
-    frozen = size_of(*backbone.networks()) / 1e9 - 2 * adapter
-    blocks = 2 * max(size_of(m) for network in backbone.networks() for m in models.blocks(network)) / 1e9
+    found = {how: counted(model, args, one, resolution, how) for how in open_ways}
+    facts = found[open_ways[0]]
+    adapter, frozen, vae = (facts[name] / 1e9 for name in ("adapter", "frozen", "vae"))
     if splits:  # this process's share, and two blocks on their way
-        frozen = blocks + (0 if args.offload_frozen else frozen / args.gpus)
+        frozen = 2 * facts["block"] / 1e9 + (0 if args.offload_frozen else frozen / args.gpus)
+    encoders = ENCODERS[model] * (2 if args.dtype == "float32" else 1)
+    columns = {rewards.SCORERS[name].columns[0] for name in args.rewards}  # a scorer of two columns loads once
+    sizes = [REWARDS.get(column, 0.0) for column in columns]
+    host = facts["loaded"] / 1e9 + vae + encoders
     rows = []
     for stage, batch in ((1, one.batch_size), (2, two["batch_size"])):
         batch = args.batch_size or batch
-        row = {"frozen": frozen, "vae": size_of(backbone.vae) / 1e9}
-        row["encoders"] = 0.0 if args.offload_encoders else ENCODERS[model]
-        row["rewards"] = (max(REWARDS) if args.offload_rewards else sum(REWARDS)) if stage == 2 else 0.0
+        row = {"frozen": frozen, "vae": vae, "encoders": 0.0 if args.offload_encoders else encoders}
+        row["rewards"] = (max(sizes) if args.offload_rewards else sum(sizes)) if stage == 2 else 0.0
         # weights and two moments of generator and fake score, the EMA; in stage 2 those of stage 1 below them
         row["adapters"] = adapter * (2 * 3 + 1 + (2 if stage == 2 else 0))
         images = two["batch_size"] * two["batches"] * (stage == 2)  # an epoch's, whose latents stay on the GPU
-        row["adapters"] += images * 5 * 4 * math.prod(backbone.latent_shape) / 1e9
+        row["adapters"] += images * 5 * facts["latents"] / 1e9
         fixed = sum(row.values())
-        parts = {part.split(", ")[1]: part for part in found[open_ways[0]] if f"stage {stage}" in part}
 
-        def alive(n, recompute, parts=parts):
+        def alive(n, recompute, stage=stage):
             """(GB at the peak with micro-batches of n, the part it is in)"""
             last = min(n, args.last_step_batch or n)
-            sizes = {part: last if part == "last step" else n for part in parts}
-            peak = {part: found[recompute][long][0] / 1e9 for part, long in parts.items()}
-            return max((adapter + sizes[part] * (peak[part] - adapter), part) for part in parts)
+            sizes = {part: last if part == "last step" else n for part in PARTS[stage]}
+            peak = {part: found[recompute][f"stage {stage}, {part}"] / 1e9 for part in PARTS[stage]}
+            return max((adapter + sizes[part] * (peak[part] - adapter), part) for part in PARTS[stage])
 
         # auto, as models.needs_checkpointing: do the activations take over 70% of what is free?
-        row["checkpointing"] = open_ways[0] or (True in found and alive(batch, False)[0] > 0.7 * (args.gb - fixed))
-        row["activations"], row["in"] = alive(batch, row["checkpointing"])
+        checkpointing = open_ways[0] or (True in found and alive(batch, False)[0] > 0.7 * (args.gb - fixed))
+        row["activations"], row["in"] = alive(batch, checkpointing)
         fits = (n for n in range(1, 1025) if any(fixed + alive(n, how)[0] <= 0.9 * args.gb for how in found))
-        largest = max(fits, default=0)
-        work = {part: found[row["checkpointing"]][long][1] for part, long in parts.items()}
+        work = {part: facts[f"stage {stage}, {part}, evaluations"] for part in PARTS[stage]}
         if stage == 1:
             images = one.steps * one.batch_size * 8
             each = work["fake score"] + work["generator"] / one.fake_update_ratio
         else:
             images, each = 1000 * two["batch_size"] * two["batches"] * GPUS[model], sum(work.values())
-        row |= {"sum": fixed + row["activations"], "batch": batch, "largest": largest}
-        rows.append(row | {"hours": images * each * backbone.flops / (args.mfu * args.peak * 3600)})
-    return rows
+        hours = images * each * facts["flops"] / (args.mfu * args.peak * 3600)
+        row |= {"stage": str(stage), "sum": fixed + row["activations"], "batch": batch, "largest": max(fits, default=0)}
+        row |= {"checkpointing": checkpointing, "hours": hours}
+        row["host"] = args.gpus * (host + (sum(sizes) if stage == 2 and args.offload_rewards else 0.0))
+        grid = row | {"stage": f"{stage}, grid", "batch": 16, "largest": None, "hours": None, "checkpointing": False}
+        grid["activations"], grid["in"] = sampling(facts, 16, resolution)
+        rows += [row, grid | {"sum": fixed + grid["activations"]}]
+    return [*rows, plan_sample(model, args, one, facts, encoders)]
+
+
+def sampling(facts, n, resolution):
+    """(GB alive while n images are sampled and decoded as models.decode_all does, the part it is in)."""
+    decoded = min(n, max(1, 8 * 512**2 // resolution**2))
+    decoding = n * facts["latents"] + decoded * facts["sample, decoding"]
+    return max((n * facts["sample, latents"] / 1e9, "latents"), (decoding / 1e9, "decoding"))
+
+
+def plan_sample(model, args, one, facts, encoders):
+    """The row of sample.py, which holds one transformer, two adapters and no rewards: at its own size and batch."""
+    resolution, batch = args.resolution or 1024, args.batch_size or 50
+    config = with_blocks(model, **dict.fromkeys(kinds(model), 1))
+    backbone = random_backbone(model, "meta", getattr(torch, args.dtype), resolution, config)
+    few = {part: size for part, (size, _) in peaks(backbone, 1, one, None, only="sample", rank=args.rank).items()}
+    few["latents"] = 4 * math.prod(backbone.latent_shape)
+    row = {"frozen": facts["loaded"] / 1e9 / len(backbone.networks()), "vae": facts["vae"] / 1e9, "encoders": encoders}
+    host = args.gpus * sum(row.values())
+    row |= {"rewards": 0.0, "adapters": 2 * facts["adapter"] / 1e9}
+    fixed = sum(row.values())
+    fits = (n for n in range(1, 1025) if fixed + sampling(few, n, resolution)[0] <= 0.9 * args.gb)
+    row["activations"], row["in"] = sampling(few, batch, resolution)
+    row |= {"stage": "sample.py", "sum": fixed + row["activations"], "batch": batch, "largest": max(fits, default=0)}
+    return row | {"hours": None, "host": host, "checkpointing": False}
 
 
 def adapter_bytes(backbone):
@@ -365,56 +544,93 @@ def adapter_bytes(backbone):
 
 def print_plan(args):
     terms = ["frozen", "vae", "encoders", "rewards", "adapters", "activations"]
-    head = ["model", "stage", *terms, "sum", "batch", "largest that fits", "hours"]
+    head = ["model", "stage", *terms, "sum", "batch", "largest that fits", "hours", "host"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     models.quiet_libraries()
     for model in [args.model] if args.model != "classroom" else PUBLISHED:
         print(f"{model} ...", end="\r", file=sys.stderr, flush=True)
-        for stage, row in enumerate(plan(model, args), 1):
-            cells = [model, str(stage), *(f"{row[term]:.1f}" for term in terms), f"**{row['sum']:.1f}**"]
+        for row in plan(model, args):
+            cells = [model, row["stage"], *(f"{row[term]:.1f}" for term in terms), f"**{row['sum']:.1f}**"]
             cells[-2] += f" ({row['in']}{', checkpointing' if row['checkpointing'] else ''})"
-            cells += [str(row["batch"]), str(row["largest"]), f"{row['hours']:.0f}"]
+            cells += [str(row["batch"]), "-" if row["largest"] is None else str(row["largest"])]
+            cells += ["-" if row["hours"] is None else f"{row['hours']:.0f}", f"{row['host']:.0f}"]
             print("| " + " | ".join(cells) + " |", flush=True)
     print(f"Predicted, GB, for a GPU of {args.gb:g} GB and batches of one GPU. The largest leaves 10% for kernels and")
-    print("fragments and may need checkpointing. Rewards: clipscore, hpsv2, pickscore, geneval.")
+    print(f"fragments and may need checkpointing. Rewards: {', '.join(args.rewards)}. Rank {args.rank}, {args.dtype}.")
     print(f"Hours: GPUs times hours of the published run, at an assumed {args.mfu:.0%} of {args.peak:.3g} FLOP/s.")
+    print(f"Host: memory of one machine while its {args.gpus} process{'es' * (args.gpus > 1)} load.")
+
+
+def predicted(args, one, n, dtype):
+    """({part: GB} of this process by the plan: weights, adapters and moments, what is alive at once; FLOP counted)."""
+    resolution = args.resolution or models.BACKBONES[args.model]["resolution"]
+    args = SimpleNamespace(**vars(args) | {"dtype": str(dtype).removeprefix("torch."), "rewards": {}})
+    facts = counted(args.model, args, one, resolution, args.checkpointing == "on", args.only)
+    alone = args.only == "velocity" and "student" in models.BACKBONES[args.model]
+    adapter, fixed = facts["adapter"], facts["vae"] + facts["frozen"] / (2 if alone else 1)
+    parts = [part for part in facts if f"{part}, evaluations" in facts]
+    # two adapters and their moments; what is alive holds the gradients of one, whatever n is
+    sizes = {part: (fixed + 6 * adapter + adapter + n * (facts[part] - adapter)) / 1e9 for part in parts}
+    return sizes, facts["flops"]
 
 
 def main(args):
     _, _, device = models.setup_distributed(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if args.random_weights:
-        backbone = random_backbone(args.model, device, dtype, args.resolution)
-    else:
-        backbone = models.load(args.model, device=device, dtype=dtype, resolution=args.resolution)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    torch.manual_seed(0)
     one = acdmd.parse_args(["--model", args.model, "--prompts", __file__][: 2 if args.model == "classroom" else 4])
     n = args.batch_size or one.batch_size
+    plan_of, flops = predicted(args, one, n, dtype) if args.predict else ({}, None)
+    resident = memory_now()
+    if args.random_weights:
+        options = dict(frozen_dtype=args.frozen_dtype, alone=args.only == "velocity")
+        backbone = random_backbone(args.model, device, dtype, args.resolution, **options)
+        models.shard(backbone, args.shard)
+    else:
+        places = dict(resolution=args.resolution, shard_mode=args.shard, frozen_dtype=args.frozen_dtype)
+        backbone = models.load(args.model, device=device, dtype=dtype, **places)
+    total = sum(p.numel() for network in backbone.networks() for p in network.parameters())
+    if flops:  # a forward less
+        backbone.flops = flops
     networks = {"generator": backbone.student, "fake": backbone.transformer}
     optimizers = {}
     for name, network in networks.items():
-        parameters = models.add_adapter(network, name, 32, generator=models.seeded(name))
+        parameters = models.add_adapter(network, name, args.rank, generator=models.seeded(name))
+        for B in parameters[1::2]:  # 0 at first, so that A had no gradient
+            torch.nn.init.normal_(B, std=0.01)
         optimizers[name] = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
         backbone.roles[name] = (name,)
     models.set_up_blocks(backbone, args.checkpointing, n + 2 * (one.consistency_batch or n), args.compile)
     parts = steps_of(backbone, optimizers, n, one, backbone.sigmas())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    total = sum(p.numel() for network in backbone.networks() for p in network.parameters())
-    print(f"{args.model} on {name}, torch {torch.__version__}, {dtype}, batch {n}")
-    print(f"{total / 1e6:.1f} M parameters, {backbone.flops / 1e9:.3g} GFLOP a forward")
-    print(f"{'part':22}{'ms':>10}{'images/s':>10}{'MFU':>8}{'peak GB':>9}")
+    print(f"{args.model} on {name}, torch {torch.__version__}, {dtype}, base {args.frozen_dtype or dtype}, batch {n}")
+    hand = (
+        f", {flops_by_hand(backbone) / 1e9:.4g} by hand" if args.random_weights and backbone.family in BY_HAND else ""
+    )
+    print(f"{total / 1e6:.1f} M parameters, {backbone.flops / 1e9:.4g} GFLOP a forward{hand}")
+    if device.type == "cpu":
+        print(f"resident before any weight: {resident:.2f} GB, which is part of the peak")
+    print(f"{'part':22}{'ms':>10}{'images/s':>10}{'MFU':>8}{'peak GB':>9}" + f"{'plan GB':>9}" * bool(plan_of))
     for part, step in parts.items():
-        row = measure(step, backbone, n, args.repeat)
+        if not re.search(args.only, part):
+            continue
+        row = measure(step, backbone, n, args.repeat, args.warmup)
+        row |= {"plan_gb": plan_of[part]} if plan_of else {}
         more = f"{row['mfu']:8.1%}" if "mfu" in row else f"{'-':>8}"
         more += f"{row['peak_gb']:9.1f}" if "peak_gb" in row else f"{'-':>9}"
+        more += f"{row['plan_gb']:9.1f}" if plan_of else ""
+        more += "".join(f"  {name} {row[name]:.6g}" for name in ("norm", "grad_norm") if name in row)
         print(f"{part:22}{1000 * row['seconds']:10.1f}{row['images_per_s']:10.2f}{more}", flush=True)
         if args.out:
+            facts = {"model": args.model, "device": name, "batch": n, "compile": args.compile, "part": part}
             with args.out.open("a") as file:
-                print(
-                    json.dumps(
-                        {"model": args.model, "device": name, "batch": n, "compile": args.compile, "part": part} | row
-                    ),
-                    file=file,
-                )
+                print(json.dumps(facts | row), file=file)
+
+
+def memory_now():
+    """GB of resident memory; NaN where Linux's /proc is not."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9 if file.exists() else math.nan
 
 
 if __name__ == "__main__":
@@ -429,21 +645,37 @@ if __name__ == "__main__":
     parser.add_argument("--resolution", type=models.at_least(1), help="pixels a side (default: the backbone's)")
     parser.add_argument("--batch_size", type=models.at_least(1), help="images (default: stage 1's preset)")
     parser.add_argument("--repeat", type=models.at_least(1), default=5, help="timed calls of each part")
+    parser.add_argument("--warmup", type=models.at_least(0), default=2, help="calls before those")
+    parser.add_argument("--only", default="stage", help="parts whose name has this pattern: velocity; stage 1; rollout")
+    parser.add_argument("--rank", type=models.at_least(1), default=32, help="of the adapters")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16, measured on a CPU float32")
+    parser.add_argument("--frozen_dtype", choices=["float8_e4m3fn"], help="as in the stages")
+    parser.add_argument("--shard", default="none", choices=models.SHARD_MODES, help="as in the stages")
+    parser.add_argument("--predict", action="store_true", help="the plan's memory of each part beside the measured one")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpointing", default="auto", choices=["auto", "on", "off"], help="as in the stages")
-    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--device", type=models.device_name, choices=["cpu", "cuda"])
     parser.add_argument("--out", type=models.path, help=".jsonl to append the rows to")
     parser.add_argument("--plan", action="store_true", help="predict memory and hours (default: of all published)")
     add = parser.add_argument_group("of --plan").add_argument
     of_plan = [
         add("--gb", type=models.between(1), default=80.0, help="memory of a GPU"),
-        add("--gpus", type=models.at_least(1), default=1, help="that --shard shards over"),
-        add("--shard", default="none", choices=models.SHARD_MODES, help="as in the stages"),
+        add(
+            "--gpus",
+            type=models.at_least(1),
+            default=1,
+            help="of a machine: --shard shards over them, and each process loads",
+        ),
         add("--offload_frozen", action="store_true", help="as in the stages"),
         add("--offload_encoders", action="store_true", help="as in the stages"),
         add("--offload_rewards", action="store_true", help="as in rtdmd.py"),
         add("--last_step_batch", type=models.at_least(1), help="as in rtdmd.py"),
-        add("--frozen_dtype", choices=["float8_e4m3fn"], help="as in the stages"),
+        add(
+            "--rewards",
+            type=rewards.parse_weights,
+            default=rewards.parse_weights(rtdmd.PUBLISHED),
+            help="as in rtdmd.py",
+        ),
         add("--mfu", type=models.between(0.01, 1), default=0.35, help="assumed share of the peak"),
         add("--peak", type=models.between(1e9), default=989e12, help="FLOP/s, an H100's in bf16"),
     ]
@@ -455,4 +687,8 @@ if __name__ == "__main__":
         parser.error("--random_weights: the classroom has weights; leave the flag out")
     if args.model != "classroom" and not args.random_weights and not args.plan:
         parser.error(f"--model {args.model}: give --random_weights to measure on this device, or --plan to predict")
+    if args.predict and (not args.random_weights or args.checkpointing == "auto" and args.device != "cpu"):
+        parser.error("--predict: give --random_weights too, and on a GPU --checkpointing on or off")
+    if args.plan:
+        args.dtype = args.dtype or "bfloat16"
     models.run(print_plan if args.plan else main, args)

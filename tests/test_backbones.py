@@ -335,7 +335,8 @@ def test_bench_runs_with_random_weights(model, monkeypatch, capsys, tmp_path):
             num_single_layers=1, joint_attention_dim=16, axes_dims_rope=(4, 6, 6) if model == "flux1" else (4,) * 4
         )
     monkeypatch.setitem(bench.PUBLISHED, model, bench.PUBLISHED[model] | small)
-    flags = dict(resolution=64, batch_size=1, repeat=1, device="cpu", out=tmp_path / "rows.jsonl")
+    flags = dict(resolution=64, batch_size=1, repeat=1, warmup=0, device="cpu", out=tmp_path / "rows.jsonl")
+    flags |= dict(only="stage", rank=4, dtype=None, frozen_dtype=None, shard="none", predict=False)
     bench.main(SimpleNamespace(model=model, random_weights=True, compile=False, checkpointing="on", **flags))
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and all(row["images_per_s"] > 0 for row in rows)

@@ -1,5 +1,7 @@
 """`bench.py --plan`: what it predicts on fake tensors against the resident memory of the same step on real ones."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,8 @@ SMALL = dict(num_layers=2, num_attention_heads=8, attention_head_dim=64, joint_a
 SMALL |= dict(caption_projection_dim=512, pooled_projection_dim=64, pos_embed_max_size=64, dual_attention_layers=(0,))
 ARGS = dict(resolution=None, checkpointing="auto", shard="none", offload_frozen=False, offload_encoders=False)
 ARGS |= dict(offload_rewards=False, last_step_batch=None, frozen_dtype=None, batch_size=None)
-ARGS |= dict(gb=80.0, gpus=1, mfu=0.35, peak=989e12)
+ARGS |= dict(gb=80.0, gpus=1, mfu=0.35, peak=989e12, dtype="bfloat16", rank=32)
+ARGS |= dict(rewards=dict.fromkeys(("clipscore", "hpsv2", "pickscore", "geneval"), 1.0))
 
 
 def backbone_on(device, model):
@@ -99,30 +102,89 @@ def test_what_cannot_be_measured_is_refused(flags, said):
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
+def plan(**flags):
+    """{stage: row} of the small SD3's plan."""
+    return {row["stage"]: row for row in bench.plan("sd35", SimpleNamespace(**ARGS | flags))}
+
+
 def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     monkeypatch.setitem(bench.PUBLISHED, "sd35", bench.PUBLISHED["sd35"] | SMALL)
-    mean = SimpleNamespace(scorers=[], differentiable=lambda images, prompts, about: images.mean((1, 2, 3)))
-    monkeypatch.setattr(bench, "Differentiable", lambda: mean)  # the gradient through the VAE, and no reward model
+    monkeypatch.setattr(bench, "reward_bytes", lambda *_: 0)  # the gradient through the VAE, and no reward model
     monkeypatch.setitem(models.BACKBONES["sd35"], "resolution", 128)
-    rows = bench.plan("sd35", SimpleNamespace(**ARGS))
+    rows, scorers = plan(), 1.71 + 2 * 3.94 + 0.28
+    assert list(rows) == ["1", "1, grid", "2", "2, grid", "sample.py"]
     terms = ("frozen", "vae", "encoders", "rewards", "adapters", "activations")
-    for row in rows:
-        assert row["sum"] == pytest.approx(sum(row[term] for term in terms)) and row["largest"] >= row["batch"] == 9
-        assert not row["checkpointing"] and row["hours"] > 0
-    assert (rows[0]["rewards"], rows[1]["rewards"]) == (0.0, sum(bench.REWARDS))
-    full = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=rows[0]["sum"] + 0.1)))[0]  # but 30% are not free then
-    assert full["checkpointing"] and full["activations"] < rows[0]["activations"]
-    least = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=full["sum"] / 0.91, checkpointing="on")))[0]
+    for row in rows.values():
+        assert row["sum"] == pytest.approx(sum(row[term] for term in terms))
+    for row in (rows["1"], rows["2"]):
+        assert row["largest"] >= row["batch"] == 9 and not row["checkpointing"] and row["hours"] > 0
+    assert (rows["1"]["rewards"], rows["2"]["rewards"]) == (0.0, pytest.approx(scorers))
+    full = plan(gb=rows["1"]["sum"] + 0.1)["1"]  # but 30% are not free then
+    assert full["checkpointing"] and full["activations"] < rows["1"]["activations"]
+    least = plan(gb=full["sum"] / 0.91, checkpointing="on")["1"]
     assert least["largest"] < 9  # 10% are left
-    tight = bench.plan("sd35", SimpleNamespace(**ARGS | dict(gb=rows[0]["sum"] + 0.1, offload_encoders=True)))[0]
+    tight = plan(gb=rows["1"]["sum"] + 0.1, offload_encoders=True)["1"]
     assert tight["encoders"] == 0.0 and not tight["checkpointing"]
-    assert bench.plan("sd35", SimpleNamespace(**ARGS | dict(offload_frozen=True)))[0]["checkpointing"]
-    saved = bench.plan("sd35", SimpleNamespace(**ARGS | dict(checkpointing="off", frozen_dtype="float8_e4m3fn")))[0]
-    assert 0.4 * rows[0]["frozen"] < saved["frozen"] < 0.7 * rows[0]["frozen"]  # positions and ends are not in blocks
+    assert plan(offload_frozen=True)["1"]["checkpointing"]
+    saved = plan(checkpointing="off", frozen_dtype="float8_e4m3fn", rank=64, gpus=8)
+    assert 0.4 * rows["1"]["frozen"] < saved["1"]["frozen"] < 0.7 * rows["1"]["frozen"]  # some is not in blocks
+    assert saved["1"]["adapters"] == pytest.approx(2 * rows["1"]["adapters"])
+    assert saved["1"]["host"] == pytest.approx(8 * rows["1"]["host"])  # the 8 bits are made of the loaded weights
     flags = dict(checkpointing="off", batch_size=20, last_step_batch=2, offload_rewards=True)
-    few = bench.plan("sd35", SimpleNamespace(**ARGS | flags))[1]
-    assert few["in"] != "last step" and few["rewards"] == max(bench.REWARDS)
-    assert rows[1]["in"] == "last step"
-    monkeypatch.setattr(bench, "plan", lambda *_: rows)
+    few = plan(**flags, dtype="float32")["2"]
+    assert few["in"] != "last step" and few["rewards"] == 3.94 and few["frozen"] == 2 * rows["2"]["frozen"]
+    assert rows["2"]["in"] == "last step"
+    # pictures: sampled without gradient, decoded 8 of 512 x 512 at a time; sample.py's are 1024 wide
+    assert rows["1, grid"]["activations"] == rows["2, grid"]["activations"] < rows["1"]["activations"]
+    assert rows["sample.py"]["in"] == "decoding" and rows["sample.py"]["batch"] == 50
+    assert rows["sample.py"]["adapters"] == pytest.approx(2 / 7 * rows["1"]["adapters"])
+    monkeypatch.setattr(bench, "plan", lambda *_: list(rows.values()))
     bench.print_plan(SimpleNamespace(model="sd35", **ARGS))
-    assert "| sd35 | 2 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| sd35 | 2 |" in printed and "| sd35 | sample.py |" in printed
+
+
+def test_counting_one_block_of_each_kind_is_counting_all(monkeypatch):
+    """Within 1%, a network of 4 blocks with two attentions and 3 plain ones, each step of both stages."""
+    deep = SMALL | dict(num_layers=7, dual_attention_layers=(0, 1, 2, 3), num_attention_heads=2)
+    deep |= dict(caption_projection_dim=128)
+    monkeypatch.setitem(bench.PUBLISHED, "sd35", bench.PUBLISHED["sd35"] | deep)
+    one, args = acdmd.parse_args([]), SimpleNamespace(**ARGS | dict(rewards={}))
+    one.consistency_batch = 1
+    few = bench.counted("sd35", args, one, 256, False, "stage")
+    whole = bench.random_backbone("sd35", "meta", torch.bfloat16, 256)
+    assert few["frozen"] == few["loaded"] == bench.size_of(whole.transformer)
+    for part, (size, evaluations) in bench.peaks(whole, 1, one, None, only="stage").items():
+        assert few[part] == pytest.approx(size, rel=0.01), part
+        assert few[f"{part}, evaluations"] == evaluations
+    assert few["adapter"] == bench.adapter_bytes(whole) / 2 and few["flops"] == whole.flops
+    assert whole.flops == bench.flops_by_hand(whole)
+
+
+TINY = {  # of the other families
+    "sd3": dict(num_layers=2, num_attention_heads=2, attention_head_dim=8, caption_projection_dim=16, sample_size=32),
+    "flux1": dict(num_layers=2, num_single_layers=3, num_attention_heads=2, attention_head_dim=16)
+    | dict(axes_dims_rope=(4, 6, 6)),
+    "flux2-4b": dict(num_layers=2, num_single_layers=3, num_attention_heads=2, attention_head_dim=16)
+    | dict(axes_dims_rope=(4, 4, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_flop_as_torch_counts_them_are_flop_by_hand(model, monkeypatch):
+    monkeypatch.setitem(bench.PUBLISHED, model, bench.PUBLISHED[model] | TINY[model])
+    backbone = bench.random_backbone(model, "cpu", torch.float32, 128)
+    assert backbone.flops == bench.flops_by_hand(backbone)
+
+
+def test_a_published_network_is_measured_beside_its_plan(monkeypatch, capsys, tmp_path):
+    """A forward and backward of one FLUX.2 in 8 bits, whose layers never lie in memory in float32 all at once."""
+    monkeypatch.setitem(bench.PUBLISHED, "flux2-4b", bench.PUBLISHED["flux2-4b"] | TINY["flux2-4b"])
+    flags = dict(only="velocity", frozen_dtype="float8_e4m3fn", dtype="float32", checkpointing="off", rank=4)
+    flags |= dict(random_weights=True, compile=False, predict=True, shard="none", warmup=0, repeat=1, device="cpu")
+    file = tmp_path / "rows.jsonl"
+    bench.main(SimpleNamespace(model="flux2-4b", resolution=64, batch_size=1, out=file, **flags))
+    row, said = json.loads(file.read_text()), capsys.readouterr().out
+    assert row["part"] == "velocity, generator" and row["grad_norm"] > 0 and "plan GB" in said
+    hand, counted = re.search(r"([\d.e+]+) GFLOP a forward, ([\d.e+]+) by hand", said).groups()
+    assert hand == counted
