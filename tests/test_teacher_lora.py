@@ -106,7 +106,7 @@ def test_sample_and_export_stack_it(runs, tmp_path):
     weights = "diffusion_pytorch_model.safetensors"
     a, b = (models.load_file(tmp_path / name / weights) for name in ("merged", "as_one"))
     for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a[key], b[key], rtol=2e-3, atol=1e-3)  # fp16, as the files
     pictures = {}
     common = ["--prompt", "a circle", "--steps", "3"]
     for name, flags in (("teacher", []), ("styled", below)):  # many steps with guidance: the teacher
