@@ -25,7 +25,8 @@ SMALL = "--batch_size 2 --consistency_batch 1 --sample_every 0 --eval_every 0 "
 PARSE = "its arguments are read, no more"
 TABLE = {  # pattern of a command -> flags that make it small (the last of two alike wins), PARSE, or why it cannot run
     r"^python3 -m venv|^\. |^pip install": "makes an environment",
-    r"-m pytest|tests/gpu\.sh": "these tests",
+    r"-m pytest": "these tests",
+    r"--help$": "prints the flags",
     r"--nnodes": PARSE,
     r"(acdmd|rtdmd|sample)\.py.* --model ": PARSE,  # published weights
     r"tests/bench\.py --plan": "minutes; test_plan.py plans a small network",
@@ -38,7 +39,6 @@ TABLE = {  # pattern of a command -> flags that make it small (the last of two a
     r"out/mine": PARSE,  # a reader's own files
     r"python acdmd\.py$": SMALL + "--steps 1 --out out/acdmd",
     r"python rtdmd\.py --distilled": SMALL + "--epochs 1 --batches 1 --group_size 2 --out out/rtdmd",
-    r"torchrun.* rtdmd\.py --device cpu": SMALL + "--epochs 1 --batches 1 --group_size 2 --out out/long",
     r"python sample\.py .*--export": "",
     r"python sample\.py": "--n_images 1",
     r"python rewards\.py": "--n 6",
