@@ -593,6 +593,8 @@ def draw_rewards(gaps, path):
 
 def main(args):
     start, rows = time.perf_counter(), ()
+    if {"report", "summary"} & set(args.stages):
+        pyplot()  # is it there? Known before anything is trained
     with models.named_failure(f"cannot write to --out {args.out}"):
         args.out.mkdir(parents=True, exist_ok=True)
     files = []

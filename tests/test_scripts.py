@@ -424,6 +424,13 @@ def test_demo_from_start_to_report_ablations_and_summary(tmp_path, monkeypatch):
     assert f"| RTDMD − AC-DMD | {gap:+.3f} ± " in text and (tmp_path / "sum" / "rewards.png").is_file()
 
 
+def test_a_missing_package_is_named_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(models.UserError, match="pip install matplotlib"):
+        demo.main(demo.parse_args(["--out", str(tmp_path / "run")]))
+    assert not (tmp_path / "run").exists()
+
+
 def test_errors_of_a_summary_are_over_runs_and_captions():
     draws = [np.arange(100)] * 3  # captions as they are: no error of theirs
     run = lambda value: {"scores": {c: [value] * 100 for c in demo.COLUMNS}, "distances": [value] * 3}  # noqa: E731
