@@ -34,6 +34,7 @@ TABLE = {  # pattern of a command -> flags that make it small (the last of two a
     r"tests/bench_rewards\.py": "published sizes; test_rewards.py runs it on small networks",
     r"tests/bench\.py$": "minutes; test_backbones.py runs it on small networks",
     r"tests/bench\.py --signal": "minutes; test_signal.py runs it on few pictures",
+    r"torchrun.* acdmd\.py --device cpu": SMALL + "--steps 1",
     r"demo\.py": PARSE,  # test_scripts.py runs all of it
     r"pretrain\.py": PARSE,  # test_classroom.py runs all of it
     r"out/mine": PARSE,  # a reader's own files
