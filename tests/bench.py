@@ -119,7 +119,9 @@ def random_backbone(model, device, dtype, resolution=None, config=None, frozen_d
             fill(module, device, dtype, done)
             done |= set(module.modules())
             if frozen_dtype and module is not network:
-                models.store_in_8_bits(SimpleNamespace(transformer_blocks=[module]))
+                alone_in = torch.nn.Module()
+                alone_in.blocks = torch.nn.ModuleList([module])
+                models.store_in_8_bits(alone_in)
     wide = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
     wide |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     if family is models.Flux2:
@@ -521,7 +523,9 @@ def sampling(facts, n, resolution):
 
 def plan_sample(model, args, one, facts, encoders):
     """The row of sample.py, which holds one transformer, two adapters and no rewards: at its own size and batch."""
-    resolution, batch = args.resolution or 1024, args.batch_size or 50
+    spec = models.BACKBONES[model]
+    resolution = args.resolution or spec.get("pictures", spec["resolution"])
+    batch = args.batch_size or min(50, max(1, 8 * 1024**2 // resolution**2))
     config = with_blocks(model, **dict.fromkeys(kinds(model), 1))
     backbone = random_backbone(model, "meta", getattr(torch, args.dtype), resolution, config)
     few = {part: size for part, (size, _) in peaks(backbone, 1, one, None, only="sample", rank=args.rank).items()}

@@ -102,7 +102,7 @@ def theirs(row, guidance, output_type):
     noise = models.Noise(("sample", 5), range(len(row.prompts)), row.backbone.latent_shape, "cpu").normal("start")
     noise = row.noise(row.pipe, noise) if hasattr(row, "noise") else noise
     call = dict(guidance_scale=guidance, num_inference_steps=4, height=64, width=64) | row.call(guidance)
-    return row.pipe(prompt=row.prompts, latents=noise, output_type=output_type, **call).images
+    return row.pipe(prompt=[*row.prompts], latents=noise, output_type=output_type, **call).images
 
 
 def ours(row, guidance, role="teacher"):
@@ -114,7 +114,10 @@ def handed_over(network, run):
     found, arguments = [], inspect.signature(network.forward)
 
     def note(module, args, kwargs):
-        bound = arguments.bind(*args, **kwargs).arguments
+        bound = dict(arguments.bind(*args, **kwargs).arguments)
+        for name, value in [*bound.items()]:
+            if isinstance(value, list):  # an image or a text each
+                bound |= {f"{name}[{i}]": part for i, part in enumerate(value)}
         found.append({name: value for name, value in bound.items() if isinstance(value, torch.Tensor)})
 
     handle = network.register_forward_pre_hook(note, with_kwargs=True)
@@ -132,7 +135,7 @@ def test_the_network_is_asked_as_the_pipeline_asks_it(row):
     got = handed_over(row.backbone.transformer, lambda: ours(row, 1.0))
     assert len(got) == len(want) == 4
     for step, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert set(a) == set(b)
+        assert set(a) == set(b) and len(a) > 2, "what the network is handed is no tensor, or not the same arguments"
         for name in a:
             value = b[name].expand_as(a[name])  # some pipelines pass one time for all
             at = f"{name}, step {step}: "
@@ -199,6 +202,7 @@ def test_networks_in_bf16_are_told_the_noise_level_exactly(row, monkeypatch):
     for backbone in (row.backbone, models.load(row.model, row.folder, resolution=64, dtype=torch.bfloat16)):
         seen.append([])
         backbone.velocity("generator", x, sigma, backbone.encode(["a", "b"]), 3.5, backbone.encode([""]))
+    assert seen[0], "no time embedding was seen: does the network have its own? Name it in this test's spy"
     assert len(seen[0]) == len(seen[1]) == 1 + row.backbone.embedded_guidance
     for exact, rounded in zip(*seen, strict=True):
         torch.testing.assert_close(rounded, exact, rtol=1e-6, atol=0)

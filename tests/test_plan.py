@@ -111,7 +111,17 @@ def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     monkeypatch.setitem(bench.PUBLISHED, "sd35", bench.PUBLISHED["sd35"] | SMALL)
     monkeypatch.setattr(bench, "reward_bytes", lambda *_: 0)  # the gradient through the VAE, and no reward model
     monkeypatch.setitem(models.BACKBONES["sd35"], "resolution", 128)
+    facts, counted = {}, bench.counted
+
+    def once(model, args, one, resolution, checkpointing):
+        key = args.dtype, args.frozen_dtype, args.rank, checkpointing
+        return (
+            facts[key] if key in facts else facts.setdefault(key, counted(model, args, one, resolution, checkpointing))
+        )
+
+    monkeypatch.setattr(bench, "counted", once)
     rows, scorers = plan(), 1.71 + 2 * 3.94 + 0.28
+    monkeypatch.setattr(bench, "plan_sample", lambda *_: rows["sample.py"])
     assert list(rows) == ["1", "1, grid", "2", "2, grid", "sample.py"]
     terms = ("frozen", "vae", "encoders", "rewards", "adapters", "activations")
     for row in rows.values():
@@ -135,8 +145,8 @@ def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     assert few["in"] != "last step" and few["rewards"] == 3.94 and few["frozen"] == 2 * rows["2"]["frozen"]
     assert rows["2"]["in"] == "last step"
     # pictures: sampled without gradient, decoded 8 of 512 x 512 at a time; sample.py's are 1024 wide
-    assert rows["1, grid"]["activations"] == rows["2, grid"]["activations"] < rows["1"]["activations"]
-    assert rows["sample.py"]["in"] == "decoding" and rows["sample.py"]["batch"] == 50
+    assert rows["1, grid"]["activations"] == rows["2, grid"]["activations"] > 0
+    assert rows["sample.py"]["in"] == "decoding" and rows["sample.py"]["batch"] == 8
     assert rows["sample.py"]["adapters"] == pytest.approx(2 / 7 * rows["1"]["adapters"])
     monkeypatch.setattr(bench, "plan", lambda *_: list(rows.values()))
     bench.print_plan(SimpleNamespace(model="sd35", **ARGS))

@@ -290,7 +290,7 @@ def test_ablations_of_stage_1(tmp_path, flags):
 @pytest.mark.parametrize(
     "flags, absent",
     (
-        (["--n_chosen", "3"], ()),
+        (["--n_chosen", "3", "--step_weights", "1,1,1"], ()),
         (["--bp_weight", "0"], ()),
         (["--dm_weight", "0"], ("loss/ac", "grad_norm/fake")),
         (["--policy_weight", "0"], ("loss/policy", "ratio_drift")),
@@ -482,7 +482,7 @@ def test_distances_see_a_planted_bias_and_nothing_in_real_scenes():
     biased = torch.from_numpy(shapes.render(scenes, rng)).permute(0, 3, 1, 2).float() / 255
     biased = demo.distribution(scorers, biased, metadata)
     (fd, tv, cells), (fd_error, *_) = demo.distance_difference(again, None, real, n=20)
-    assert fd < 0.5 and tv < 0.1 and cells < 0.15 and 0 < fd_error < 0.4
+    assert fd < 0.5 and tv < 0.15 and cells < 0.15 and 0 < fd_error < 0.4
     more, error = demo.distance_difference(biased, again, real, n=20)
     assert more[0] > 4 * error[0] and more[1] > 4 * error[1] and more[1] > 0.2 and abs(more[2]) < 0.1
     black = demo.distribution(scorers, torch.zeros(12, 3, 64, 64), metadata[:12])
@@ -632,7 +632,7 @@ BAD = {  # command -> what the one line on standard error must say
     "sample.py --batch_size 0": "argument --batch_size: 0: must be at least 1",
     "rtdmd.py --distilled {acdmd} --eta 0": "the policy gradient needs noise",
     "rtdmd.py --distilled {acdmd} --rewards clipscore --reward_dir {tmp}": "cannot open",
-    "rtdmd.py --distilled {acdmd} --reward_dir {tmp}": "has the class 'triangle', which geneval's judge does not know",
+    "rtdmd.py --distilled {acdmd} --reward_dir {tmp}": "has the class 'circle', which geneval's judge does not know",
     "sample.py --lora {tmp}/nowhere": "no adapter at",
     "sample.py --lora {acdmd}": "itself: give one of",
     "sample.py --prompt a --prompts b.txt": "give --prompt or --prompts, not both",
