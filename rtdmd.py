@@ -435,7 +435,7 @@ def main(args):
                     v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
                     log_prob = cps_log_prob(x[:, j + 1], x[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
                     loss = policy_loss(log_prob, old[:, j], A, args.clip_range)
-                    # NOTE(paper): there steps weigh the same, which by their norms counts the last six times the first
+                    # NOTE(paper): there steps weigh the same, which by their norms counts the last four times the first
                     weight = args.policy_weight * args.step_weights[j]
                     (weight * share * n_images / max(1, n_signal) * loss).backward()
                     drift = ((log_prob - old[:, j]).exp() - 1).abs()
