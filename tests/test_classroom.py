@@ -55,7 +55,9 @@ def test_unreliable_pictures_fail_their_captions_as_often_as_they_say():
 def test_judge_is_exact_on_real_pictures_and_rejects_shuffled_captions():
     metadata, images = pictures(2000, 0)
     assert strict(images, metadata) == 1.0
-    assert strict(images, metadata[1:] + metadata[:1]) < 0.11
+    shuffled = metadata[1:] + metadata[:1]
+    other = [i for i in range(2000) if shuffled[i]["include"] != metadata[i]["include"]]
+    assert len(other) > 1900 and strict(images[other], [shuffled[i] for i in other]) < 0.08
     found = shapes.detect(images[:50])
     for m, image, objects in zip(metadata, images, found, strict=False):
         for d in objects:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 
 import acdmd
 import models
@@ -101,12 +102,15 @@ def test_sample_and_export_stack_it(runs, tmp_path):
     below = ["--teacher_lora", str(runs / "style")]
     lora = ["--lora", str(runs / "under/final/generator"), "--lora", str(runs / "two/final/rl")]
     sample.main(sample.parse_args([*below, *lora, "--export_lora", str(tmp_path / "one.safetensors")]))
-    sample.main(sample.parse_args([*below, *lora, "--export", str(tmp_path / "merged")]))
-    sample.main(sample.parse_args(["--lora", str(tmp_path / "one.safetensors"), "--export", str(tmp_path / "as_one")]))
+    StableDiffusion3Pipeline.from_pretrained(models.CLASSROOM / "teacher").save_pretrained(tmp_path / "float32")
+    base = ["--weights", str(tmp_path / "float32")]  # an export has its files' dtype, and the committed ones' rounds
+    sample.main(sample.parse_args([*base, *below, *lora, "--export", str(tmp_path / "merged")]))
+    one = ["--lora", str(tmp_path / "one.safetensors")]
+    sample.main(sample.parse_args([*base, *one, "--export", str(tmp_path / "as_one")]))
     weights = "diffusion_pytorch_model.safetensors"
     a, b = (models.load_file(tmp_path / name / weights) for name in ("merged", "as_one"))
     for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=2e-3, atol=1e-3)  # fp16, as the files
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
     pictures = {}
     common = ["--prompt", "a circle", "--steps", "3"]
     for name, flags in (("teacher", []), ("styled", below)):  # many steps with guidance: the teacher
