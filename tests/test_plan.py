@@ -144,8 +144,10 @@ def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     few = plan(**flags, dtype="float32")["2"]
     assert few["in"] != "last step" and few["rewards"] == 3.94 and few["frozen"] == 2 * rows["2"]["frozen"]
     assert rows["2"]["in"] == "last step"
-    # pictures: sampled without gradient, decoded 8 of 512 x 512 at a time; sample.py's are 1024 wide
-    assert 0 < rows["1, grid"]["activations"] == rows["2, grid"]["activations"] < rows["2"]["activations"]
+    # a grid of 16 of 128 pixels is decoded at once (8 of 512), and of sample.py's of 1024 pixels 2 at a time
+    one = facts["bfloat16", None, 32, False]
+    grid = 16 * (one["sample, decoding"] + one["latents"]) / 1e9
+    assert rows["1, grid"]["activations"] == rows["2, grid"]["activations"] == pytest.approx(grid)
     assert rows["sample.py"]["in"] == "decoding" and rows["sample.py"]["batch"] == 8
     assert rows["sample.py"]["adapters"] == pytest.approx(2 / 7 * rows["1"]["adapters"])
     monkeypatch.setattr(bench, "plan", lambda *_: list(rows.values()))
