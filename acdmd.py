@@ -89,11 +89,12 @@ def renoise(x_s, sigma_s, sigma_t, z):
 
         x_t = a x_s + sigma_ts z,    a = (1-t)/(1-s),    sigma_ts^2 = t^2 - a^2 s^2
 
-    Why v* (App. D). x_s is itself noisy, so v = eps - x0 is unknown. But v is linear in the score, and a target needs
-    only the right mean: one sample of the score, -z / sigma_ts, stands in its place, and E[v* | x_t] is v at x_t.
+    Why v* (App. D). x_s is itself noisy, so v = eps - x0 is unknown. But v is the score times a number plus x_t times
+    one, and a regression's target needs only the right mean: one sample of the score, -z / sigma_ts, stands in its
+    place, and E[v* | x_t] is v at x_t.
       1. x_t given x_s is Gaussian, so the score of p(x_t) is E[-z / sigma_ts | x_t]   (score through x_s).
       2. Rectified flow ties score and velocity: v = -(x_t + t score) / (1-t).
-      3. Put 1 into 2, x_t = a x_s + sigma_ts z:   v* = -x_s/(1-s) + z (t/sigma_ts - sigma_ts) / (1-t).
+      3. The sample of 1 in 2, x_t = a x_s + sigma_ts z:   v* = -x_s/(1-s) + z (t/sigma_ts - sigma_ts) / (1-t).
       4. t - sigma_ts^2 = (1-t) (t + (1-t) s^2/(1-s)^2), so v* = -x_s/(1-s) + z (t + (1-t) s^2/(1-s)^2) / sigma_ts.
     sigma_ts v* is returned because it never divides by a small sigma_ts. At s = 0: v* = z - x0, plain flow matching.
     """
@@ -120,6 +121,7 @@ def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, z_1, z_2):
 
     The optimal fake score is self-consistent: averaged over its own transition t -> t', h does not move (App. E).
     The square of that average needs two independent transitions x'_1, x'_2; one alone would add its variance (App. F).
+    So an estimate may be negative.
     t' may lie below s, where L_ac gives a sample no target.
 
     predict(x, sigma) -> v_phi, called once on both transitions, [2B, C, H, W]; v_t = v_phi(x_t, sigma_t) with gradient;
@@ -259,8 +261,8 @@ def main(args):
                 add_to(row, {f"loss/generator_k{k}": loss}, args.batches)
             row["grad_norm/generator"] = step_optimizer(optimizer, decay, run.world_size, args.skip_nonfinite)
 
-        # 4) EMA, also in iterations that leave the generator as it is: the published .99 is an iteration's. With ten of
-        # them a generator step, the average keeps .99^10 = .9 at each step, and so spans about ten
+        # 4) EMA, also in iterations that leave the generator as it is: the published .99 is an iteration's. With the
+        # published ten of them a generator step, the average keeps .99^10 = .9 at each step, and so spans about ten
         ema.update(step + 1)
         run.log(step, row)
 

@@ -4,18 +4,19 @@ Reward-tilted distribution matching, section 3 and appendices G-I of "Reinforcin
 Distribution Matching" (arXiv 2605.26108). The target is the teacher's distribution tilted by the reward r:
     KL(p_theta || p_psi exp(beta r) / Z) = E_theta[log p_theta - log p_psi - beta r] + log Z
                                          = KL(p_theta || p_psi) - beta E_theta[r] + const
-The first term is stage 1's distribution matching, L_G; here it is the leash, and dm_weight takes the place of 1 / beta.
-A picture comes of three random steps and a deterministic one, so the gradient of E[r] has two parts: the random steps'
-log-probabilities times r (policy_weight), and dr/dx0 through the last step (bp_weight). An epoch:
+The first term is stage 1's distribution matching, L_G, here of the finished picture: the leash. A picture takes three
+random steps and a deterministic one, so the gradient of E[r] has two parts: the random steps' log-probabilities times
+r, and dr/dx0 through the last step. Each of the three terms has its own scale, so three weights stand for beta. An
+epoch:
 
 1. Choose C = 2 of the 3 stochastic steps (SubGRPO).
 2. Sample groups of K images a prompt, 4 CPS steps. Steps not chosen share one noise per prompt.
 3. Reward every image; advantage = reward less its group's mean, over the global deviation.
 4. Fake score: one optimiser step of L_fake on the finished samples (s = 0).
 5. Generator, one optimiser step of
-      L = 1/(C+1) [ sum_j policy_weight L_policy,j + dm_weight L_G + bp_weight mean(relu(margin - R)) ]
-   L_policy,j: clipped policy gradient of chosen step j. L_G (the leash) and R (the reward itself, differentiated) are
-   of the last step's x0_hat.
+      L = 1/(C+1) [ policy_weight sum_j w_j L_policy,j + dm_weight L_G + bp_weight mean(relu(margin - R)) ]
+   L_policy,j: clipped policy gradient of chosen step j, w_j its --step_weights. L_G (the leash) and R (the reward
+   itself, differentiated) are of the last step's x0_hat.
 6. EMA of the trainable adapter.
 
 Stage 1's adapters stay, frozen, under fresh ones: generator = [distilled, rl], fake score = [fake, fake_rl].
@@ -38,10 +39,11 @@ from models import add_to, at_least, between, cps_mean, cps_step, per_sample, se
 
 DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200, whatever stage 1's --delta_max was
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
-# The published weights, policy 1, dm 1e-3 and bp 1e-4, are not of like terms: a log-probability is a mean over a latent
-# without 1/(2 rho^2), so its gradient is small, and L_G's is normalised to a latent's size. What counts is each term's
-# pull on the network (`tests/bench.py --signal` prints it); dm and bp of the classroom's small one make the three
-# comparable. R is about 1.5 (CLIPScore, HPSv2, PickScore / 26), so the hinge with margin 3 is open, and means -R.
+# The published weights, policy 1, dm 1e-3 and bp 1e-4, are not of like terms. The policy gradient follows noise, which
+# over a batch mostly cancels; L_G pulls on all pictures alike. What counts is the norm of an epoch's gradient, which
+# `tests/bench.py --signal` prints: in the classroom, at weight 1, policy 1.4e-4, L_G 2.5e-3, R 1.9e-3, so its .02 makes
+# them comparable. With the published rewards R is about 1.5 (CLIPScore, HPSv2, PickScore / 26), below the margin of 3:
+# then the hinge just means -R.
 PRESETS = {
     "sana": dict(group_size=24, batch_size=9, batches=16),  # SD3.5's, not published for it; nor for prx
     "prx": dict(group_size=24, batch_size=9, batches=16),
@@ -62,7 +64,7 @@ PRESETS = {
         lr_fake=1e-3,
         lr_decay=0.5,
         init_std=1 / 32,
-        step_weights=(0.0, 2.0, 1.0),
+        step_weights=(0.0, 2.0, 1.0),  # the first step decides no reward here, so with two to choose both others are
         dm_weight=0.02,
         bp_weight=0.02,
         last_step_batch=12,
@@ -118,7 +120,7 @@ def parse_args(argv=None):
     add("--dm_weight", type=between(0), default=1e-3, help="weight of L_G; paper: 1e-3; 0: ablation without leash")
     add("--bp_weight", type=between(0), default=1e-4, help="weight of reward back-propagation; paper: 1e-4")
     add("--last_step_batch", type=at_least(1), help="L_G and R: on so many images of a micro-batch (default: all)")
-    add("--reward_margin", type=between(-math.inf), default=3.0, help="of mean(relu(margin - R)), above R; paper: 3")
+    add("--reward_margin", type=between(-math.inf), default=3.0, help="no gradient of R from images above it; paper: 3")
     add("--gamma", type=between(0), default=0.01, help="weight of L_cons in L_fake; paper: 0.01")
     add("--consistency_batch", type=at_least(1), help="L_cons: on so many images of a micro-batch (default: all)")
     add("--ema_every", type=at_least(1), default=8, help="optimiser steps between EMA updates (decay .9); paper: 8")
@@ -175,6 +177,7 @@ def group_advantages(scores, weights):
 def has_signal(scores, weights):
     """Bool [G]: does some weighted scorer tell the images of this group apart? A group of one always counts.
 
+    One continuous scorer (CLIPScore) tells all apart; it is rewards of few values, alone, that leave groups out.
     NOTE(paper): the release looks for advantages of exactly 0, which standardising over the whole batch leaves nowhere.
     """
     differs = [(r.amax(1) > r.amin(1)) | (r.shape[1] == 1) for name, r in scores.items() if weights[name]]
@@ -186,7 +189,8 @@ def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advanta
 
     An epoch has one optimiser step, so the ratio is 1 where its gradient is taken, and what runs is REINFORCE with the
     group's mean as baseline: the gradient is -A dlogp. The clip answers to rounding alone: in float32 `ratio_drift`
-    stays near 1e-7 and `clip_fraction` at 0, in bf16 both show what rounding does. A counts up to +-max_advantage.
+    stays near 1e-7 and `clip_fraction` at 0, in bf16 both show what rounding does. The value itself, -mean(A), says
+    nothing. A counts up to +-max_advantage.
     """
     advantages = advantages.clamp(-max_advantage, max_advantage)
     ratio = (log_prob - old_log_prob).exp()
@@ -196,8 +200,8 @@ def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advanta
 def cps_log_prob(x_next, x, v, sigma, sigma_next, eta):
     """Log-probability of a stored step, constants dropped: -mean((x' - mu)^2) over all but the batch -> [B].
 
-    There is no 1/(2 rho^2), rho = s' sin(eta pi/2): it would weigh small steps most, and the published clip range and
-    learning rates assume this scale.
+    There is no 1/(2 rho^2), rho = sigma' sin(eta pi/2): it would weigh the last, least noisy steps most, and the
+    published clip range and learning rates assume this scale.
     """
     return -(x_next.float() - cps_mean(x, v, sigma, sigma_next, eta)).square().flatten(1).mean(1)
 
@@ -211,7 +215,8 @@ def choose_steps(epoch, seed, candidates=(0, 1, 2), n=2):
 def shared_noise(prompts, step, epoch, seed, shape):
     """[B, *shape] on the CPU: one noise per prompt, the same for its whole group on whatever rank.
 
-    It takes the variance of the steps that are not trained out of the group's advantages (App. H).
+    It takes the variance of the steps that are not trained out of the group's advantages (App. H). The start's noise
+    stays each image's own: at eta .9 the first step leaves next to nothing of it.
     """
     noise = {p: torch.randn(shape, generator=seeded(seed, epoch, step, "shared", p)) for p in dict.fromkeys(prompts)}
     return torch.stack([noise[p] for p in prompts])
@@ -421,7 +426,7 @@ def main(args):
                 (loss / args.batches).backward()
             row["grad_norm/fake"] = step_optimizer(optimizer_fake, decay, run.world_size, args.skip_nonfinite)
 
-        # 5) generator: L = 1/(C+1) [sum_j policy_weight L_policy,j + dm_weight L_G + bp_weight mean(relu(margin - R))]
+        # 5) generator: the loss L of this file's docstring, term by term
         order = torch.randperm(per_rank, generator=seeded(args.seed, epoch, run.rank, "order"))
         for part in order.split(args.batch_size):
             texts, cond, noise = select(epoch, prompts, part, "generator")
@@ -435,7 +440,7 @@ def main(args):
                     v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
                     log_prob = cps_log_prob(x[:, j + 1], x[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
                     loss = policy_loss(log_prob, old[:, j], A, args.clip_range)
-                    # NOTE(paper): there steps weigh the same, which by their norms counts the last four times the first
+                    # NOTE(paper): there steps weigh the same, and the last one's gradient is by far the largest
                     weight = args.policy_weight * args.step_weights[j]
                     (weight * share * n_images / max(1, n_signal) * loss).backward()
                     drift = ((log_prob - old[:, j]).exp() - 1).abs()
