@@ -203,6 +203,8 @@ def prepare_for_lora(transformer, targets, device=None):
     transformer.requires_grad_(False)
     transformer.lora_switch = SimpleNamespace(active=(), known=[], device=device)
     linears = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    if none := [target for target in targets if not any(path.endswith("." + target) for path in linears)]:
+        raise UserError(f"no linear layer of {type(transformer).__name__} ends in {', '.join(none)}: see lora_targets")
     for path in linears:
         if any(path.endswith("." + target) for target in targets):
             parent, _, leaf = path.rpartition(".")
@@ -309,7 +311,7 @@ class Backbone:
         # last digit, as it may on a GPU. That takes eight: the logits of FLUX.2's encoder are a gigabyte then.
         at_once = 1 if self.device.type == "cpu" else 8
         for part in (new[i : i + at_once] for i in range(0, len(new), at_once)):
-            columns = {name: value.cpu().unbind() for name, value in self.encode_texts(part).items()}
+            columns = {name: value.cpu().unbind() for name, value in self.encode_texts([*part]).items()}
             for i, prompt in enumerate(part):
                 self._embeddings[prompt] = {name: column[i] for name, column in columns.items()}
         for encoder in self.encoders:
