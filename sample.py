@@ -1,17 +1,17 @@
 """Pictures and reward tables from any adapter stack.
 
-    python sample.py --prompt "a red circle above a blue square"                                   base model, 4 steps
+    python sample.py --prompt "a red circle above a blue square"                                   the teacher
     python sample.py --lora out/classroom/acdmd/final/generator_ema                                distilled
     python sample.py --lora .../acdmd/final/generator_ema --lora .../rtdmd/final/rl_ema --eval clipscore=1,geneval=1
-    python sample.py --steps 28                                                                    guided teacher
+    python sample.py --sampler student                                                what the student began as
 
     torchrun --nproc_per_node=8 sample.py --model sd35 --lora ... --prompts drawbench.txt --reward_dir weights \
         --eval pickscore,hpsv2,aesthetic,imagereward,geneval,ocr --eval_prompts geneval=geneval.jsonl,ocr=ocr.txt
 
-A student (--lora) walks the few-step schedule with CPS, whatever the number of --steps; so does the base model in 4
-steps. Else, and with a --guidance_scale for the student, it is the teacher's sampler: the pipeline's own schedule,
-Euler, guided. Pictures are 1024 pixels a side, as published (the classroom's 64, sana's and prx's 512), whatever the
-training's were.
+--sampler student (the default with a --lora): the few-step schedule, 4 CPS steps at eta 0.9, no guidance. --sampler
+teacher (else): the pipeline's own schedule, 28 Euler steps, guided. --steps, --eta and --guidance_scale change these
+numbers and nothing else. Pictures are 1024 pixels a side, as published (the classroom's 64, sana's and prx's 512),
+whatever the training's were.
 Writes to --out: 00000.png, ... , scores.jsonl as they are made, then grid.png and metadata.json (settings, prompts and,
 with --eval, scores). The same command goes on after a stop. Several processes give the pictures and scores of one.
 """
@@ -49,11 +49,12 @@ def parse_args(argv=None):
     add("--prompts", type=models.path, help=".txt, .jsonl, .json, .csv or .tsv (default: classroom captions, held out)")
     add("--n_images", type=at_least(1), help="the first n prompts (classroom default 48, else all of the file)")
     add("--per_prompt", type=at_least(1), help='pictures of each prompt (default: its "n" in the file, else 1)')
-    add("--steps", type=at_least(1), default=4, help="from noise to picture")
+    add("--sampler", choices=("student", "teacher"), help="see above (default: student with --lora, else teacher)")
+    add("--steps", type=at_least(1), help="from noise to picture (default: student 4, teacher 28)")
     add("--export", type=models.path, help="write the transformer, adapters merged in, to this new folder, and stop")
     add("--export_lora", type=models.path, help="write the adapters as one to this new .safetensors file, and stop")
-    add("--eta", type=between(0, 1), help="CPS stochasticity (default 0.9 for students and 4 steps, else 0)")
-    add("--guidance_scale", type=between(0), help="default: none for students and 4 steps, else the teacher's")
+    add("--eta", type=between(0, 1), help="CPS stochasticity (default: student 0.9, teacher 0, which is Euler)")
+    add("--guidance_scale", type=between(0), help="default: student 1, which is none; teacher the model's own")
     add("--eval", help="rewards to report, name=weight,...: for example clipscore=1,geneval=1")
     add("--eval_prompts", help="prompt files of single rewards, name=FILE,...; the others see --prompts")
     add("--fd_reference", type=models.path, help="folder of pictures: Frechet distance to them in CLIP's features")
@@ -65,13 +66,13 @@ def parse_args(argv=None):
     add("--batch_size", type=at_least(1), help="images at once (default: 8 of 1024x1024, up to 50 of smaller ones)")
     add("--device", type=models.device_name, choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = p.parse_args(argv)
-    args.few_step = args.guidance_scale is None if args.lora else args.steps == len(models.FEW_STEPS)
-    if args.eta is None:
-        args.eta = 0.9 if args.few_step else 0.0
-    if args.guidance_scale is None:
-        args.guidance_scale = 1.0 if args.few_step else models.BACKBONES[args.model]["guidance"]
-    if args.resolution is None:
-        args.resolution = models.BACKBONES[args.model].get("pictures", models.BACKBONES[args.model]["resolution"])
+    args.sampler = args.sampler or ("student" if args.lora else "teacher")
+    facts = models.BACKBONES[args.model]
+    defaults = {
+        "student": dict(steps=4, eta=0.9, guidance_scale=1.0),
+        "teacher": dict(steps=28, eta=0.0, guidance_scale=facts["guidance"]),
+    }[args.sampler] | {"resolution": facts.get("pictures", facts["resolution"])}
+    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.batch_size = args.batch_size or min(50, max(1, 8 * 1024**2 // args.resolution**2))
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
@@ -253,7 +254,7 @@ def main(args):
     mixed = device.type == "cuda" and args.model != "classroom" and models.computes_bfloat16(device)
     dtype = torch.bfloat16 if mixed else torch.float32
     # one network is enough here: FLUX.2's generator, which has weights of its own, or its teacher
-    student = models.BACKBONES[args.model].get("student") if args.few_step or args.lora else None
+    student = models.BACKBONES[args.model].get("student") if args.sampler == "student" else None
     if rank == 0:
         print(f"device {device}, networks in {str(dtype)[6:]}, processes: {world_size}")
     # an export has the files' own dtype
@@ -270,7 +271,7 @@ def main(args):
             export(backbone, args.export)
         return
     few_steps = [1000 * (1 - i / args.steps) for i in range(args.steps)]  # 4: models.FEW_STEPS
-    sigmas = backbone.sigmas(few_steps if args.few_step else args.steps)
+    sigmas = backbone.sigmas(few_steps if args.sampler == "student" else args.steps)
 
     # batches hold prompts of one set, and are dealt to the processes whole: the arithmetic does not depend on how many
     batches, start = [], 0
@@ -332,7 +333,7 @@ def main(args):
 
 def sampler(args):
     """The sampler in words."""
-    steps = f"{args.steps} CPS steps, eta {args.eta}" if args.few_step or args.eta else f"{args.steps} Euler steps"
+    steps = f"{args.steps} CPS steps, eta {args.eta}" if args.eta else f"{args.steps} Euler steps"
     return steps + (f", guidance {args.guidance_scale}" if args.guidance_scale > 1 else ", no guidance")
 
 

@@ -61,18 +61,23 @@ SAMPLERS = (  # flags, the sampler in words, its network evaluations, raw timest
     (LORA, "4 CPS steps, eta 0.9, no guidance", 4, models.FEW_STEPS),
     ([*LORA, "--steps", 2], "2 CPS steps, eta 0.9, no guidance", 2, (1000, 500)),
     ([*LORA, "--steps", 8, "--eta", 0.5], "8 CPS steps, eta 0.5, no guidance", 8, range(1000, 0, -125)),
-    ([*LORA, "--guidance_scale", 2], "4 Euler steps, guidance 2.0", 8, None),
-    ([], "4 CPS steps, eta 0.9, no guidance", 4, models.FEW_STEPS),
-    (["--steps", 3], "3 Euler steps, guidance 2.0", 6, None),
+    ([*LORA, "--guidance_scale", 2], "4 CPS steps, eta 0.9, guidance 2.0", 8, models.FEW_STEPS),
+    ([*LORA, "--sampler", "teacher", "--steps", 4], "4 Euler steps, guidance 2.0", 8, None),
+    (["--sampler", "student"], "4 CPS steps, eta 0.9, no guidance", 4, models.FEW_STEPS),
+    (["--sampler", "student", "--eta", 0], "4 Euler steps, no guidance", 4, models.FEW_STEPS),
+    ([], "28 Euler steps, guidance 2.0", 56, None),
+    (["--steps", 4], "4 Euler steps, guidance 2.0", 8, None),
+    (["--steps", 8, "--guidance_scale", 1, "--eta", 0], "8 Euler steps, no guidance", 8, None),  # as PRX's student
+    (["--steps", 4, "--eta", 0.9], "4 CPS steps, eta 0.9, guidance 2.0", 8, None),
 )
 
 
 @pytest.mark.parametrize("flags, said, nfe, raw", SAMPLERS)
-def test_students_walk_any_number_of_few_steps(flags, said, nfe, raw, tmp_path, monkeypatch, capsys):
-    walked, generate = [], sample.generate
+def test_the_sampler_says_the_schedule_and_flags_its_numbers(flags, said, nfe, raw, tmp_path, monkeypatch, capsys):
+    walked, generate, steps = [], sample.generate, int(said.split()[0])
 
     def spied(backbone, prompts, sigmas, eta, guidance_scale, *args, **kwargs):
-        walked.append((sigmas, backbone.sigmas(nfe // 2 if raw is None else list(raw)), eta, guidance_scale))
+        walked.append((sigmas, backbone.sigmas(steps if raw is None else list(raw)), eta, guidance_scale))
         return generate(backbone, prompts, sigmas, eta, guidance_scale, *args, **kwargs)
 
     monkeypatch.setattr(sample, "generate", spied)
