@@ -159,7 +159,7 @@ def report(summary):
     columns = [[key, *(str(row.get(key, "")) for row in rows)] for key in shown if any(key in row for row in rows)]
     widths = [max(map(len, column)) for column in columns]
     lines = zip(*columns, strict=True)
-    return "\n".join("  ".join([f"{a:{widths[0]}}", *map(str.rjust, line, widths[1:])]) for a, *line in lines)
+    return "\n".join("  ".join([f"{a:{widths[0]}}", *map(str.rjust, row, widths[1:])]).rstrip() for a, *row in lines)
 
 
 def prompt_sets(args):
