@@ -1005,6 +1005,7 @@ WRAPPERS = r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\."  #
 PREFIX = r"(?:(?:module|base_model\.model|transformer|diffusion_model)\.)*"
 LORA_KEY = PREFIX + r"(.+)\.(alpha|lora_[AB](?:\.([^.]+))?\.weight)"
 OTHER_NAMING = r"lora_unet_|lora[._](?:down|up)|\b(?:double|single|joint)_blocks\b"  # kohya's, the original code's
+CONVERTED = r"(lora_unet_|lora_transformer_|(diffusion_model|transformer)\.).+\.(alpha|lora_(down|up|A|B)\.weight)"
 PLAIN_INIT = "true false none gaussian orthogonal eva mica".split()  # PEFT's others change the base weights, too
 NOT_PLAIN = "use_dora use_qalora use_bdlora lora_bias kasa_config alora_invocation_tokens layer_replication".split()
 
@@ -1103,6 +1104,23 @@ def lora_parts(tensors, where=""):
             yield from lora_parts(value, f"{where}.{key}".strip("."))
 
 
+def other_naming(tensors, file):
+    """What to type for a file of kohya's or ComfyUI's names, and what diffusers drops of it without a word.
+
+    It is not read through `lora_state_dict` at once: that knows FLUX's names alone, takes no folder of PEFT's for
+    FLUX.1, and forgets what it cannot place.
+    """
+    new = file.with_name(f"{file.stem}_converted.safetensors")
+    lost = [str(key) for key in tensors if not re.fullmatch(CONVERTED, str(key))]
+    without = f", without {lost[0]} and the like ({len(lost)} keys)" if lost else ""
+    return (
+        f"another tool's naming. Diffusers converts FLUX.1's{without}, so (FLUX.2's: Flux2KleinPipeline): python -c "
+        '"from diffusers import FluxPipeline as P; from safetensors.torch import save_file; '
+        f"d = P.lora_state_dict({str(file)!r}); save_file({{k: d[k].clone() for k in d if k[:5] != 'text_'}}, "
+        f'{str(new)!r})"'
+    )
+
+
 def read_adapter(source):
     """({module path: (A [rank, in], B [out, rank])}, file) of an adapter on disk, in float32 and for LORA_SCALE.
 
@@ -1120,10 +1138,7 @@ def read_adapter(source):
     found, keys, names = {}, {}, {}
     for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
         if re.search(OTHER_NAMING, str(key)):
-            raise UserError(
-                f"{file}: {key} is another tool's naming; diffusers converts FLUX's: load_lora_weights(FILE, "
-                "adapter_name='default'), save_lora_weights(FOLDER, peft.get_peft_model_state_dict(pipe.transformer))"
-            )
+            raise UserError(f"{file}: {key} is {other_naming(tensors, file)}")
         match = re.fullmatch(LORA_KEY, re.sub(WRAPPERS, "", str(key)))
         good = match and isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel()
         if not good or (tensor.numel() != 1 if match[2] == "alpha" else tensor.ndim != 2):

@@ -1,17 +1,17 @@
 """Pictures and reward tables from any adapter stack.
 
-    python sample.py --prompt "a red circle above a blue square"                                   base model, 4 steps
+    python sample.py --prompt "a red circle above a blue square"                                   the teacher
     python sample.py --lora out/classroom/acdmd/final/generator_ema                                distilled
     python sample.py --lora .../acdmd/final/generator_ema --lora .../rtdmd/final/rl_ema --eval clipscore=1,geneval=1
-    python sample.py --steps 28                                                                    guided teacher
+    python sample.py --sampler student                                                what the student began as
 
     torchrun --nproc_per_node=8 sample.py --model sd35 --lora ... --prompts drawbench.txt --reward_dir weights \
         --eval pickscore,hpsv2,aesthetic,imagereward,geneval,ocr --eval_prompts geneval=geneval.jsonl,ocr=ocr.txt
 
-A student (--lora) walks the few-step schedule with CPS, whatever the number of --steps; so does the base model in 4
-steps. Else, and with a --guidance_scale for the student, it is the teacher's sampler: the pipeline's own schedule,
-Euler, guided. Pictures are 1024 pixels a side, as published (the classroom's 64, sana's and prx's 512), whatever the
-training's were.
+--sampler student (the default with a --lora): the few-step schedule, 4 CPS steps at eta 0.9, no guidance. --sampler
+teacher (else): the pipeline's own schedule, 28 Euler steps, guided. --steps, --eta and --guidance_scale change these
+numbers and nothing else. Pictures are 1024 pixels a side, as published (the classroom's 64, sana's and prx's 512),
+whatever the training's were.
 Writes to --out: 00000.png, ... , scores.jsonl as they are made, then grid.png and metadata.json (settings, prompts and,
 with --eval, scores). The same command goes on after a stop. Several processes give the pictures and scores of one.
 """
@@ -49,12 +49,14 @@ def parse_args(argv=None):
     add("--prompts", type=models.path, help=".txt, .jsonl, .json, .csv or .tsv (default: classroom captions, held out)")
     add("--n_images", type=at_least(1), help="the first n prompts (classroom default 48, else all of the file)")
     add("--per_prompt", type=at_least(1), help='pictures of each prompt (default: its "n" in the file, else 1)')
-    add("--steps", type=at_least(1), default=4, help="from noise to picture")
+    how = "student: few CPS steps; teacher: the pipeline's own, guided (default: student with --lora, else teacher)"
+    add("--sampler", choices=("student", "teacher"), help=how)
+    add("--steps", type=at_least(1), help="from noise to picture (default: student 4, teacher 28)")
+    add("--eta", type=between(0, 1), help="CPS stochasticity (default: student 0.9, teacher 0, which is Euler)")
+    add("--guidance_scale", type=between(0), help="default: student 1, which is none; teacher the model's own")
     add("--export", type=models.path, help="write the transformer, adapters merged in, to this new folder, and stop")
     add("--export_lora", type=models.path, help="write the adapters as one to this new .safetensors file, and stop")
-    add("--eta", type=between(0, 1), help="CPS stochasticity (default 0.9 for students and 4 steps, else 0)")
-    add("--guidance_scale", type=between(0), help="default: none for students and 4 steps, else the teacher's")
-    add("--eval", help="rewards to report, name=weight,...: for example clipscore=1,geneval=1")
+    add("--eval", type=rewards.parse_weights, default={}, help="rewards to report, name=weight,...: clipscore,ocr=0.5")
     add("--eval_prompts", help="prompt files of single rewards, name=FILE,...; the others see --prompts")
     add("--fd_reference", type=models.path, help="folder of pictures: Frechet distance to them in CLIP's features")
     add("--reward_dir", type=models.path, help="folder with reward weights that are not taken from the hub")
@@ -65,13 +67,13 @@ def parse_args(argv=None):
     add("--batch_size", type=at_least(1), help="images at once (default: 8 of 1024x1024, up to 50 of smaller ones)")
     add("--device", type=models.device_name, choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = p.parse_args(argv)
-    args.few_step = args.guidance_scale is None if args.lora else args.steps == len(models.FEW_STEPS)
-    if args.eta is None:
-        args.eta = 0.9 if args.few_step else 0.0
-    if args.guidance_scale is None:
-        args.guidance_scale = 1.0 if args.few_step else models.BACKBONES[args.model]["guidance"]
-    if args.resolution is None:
-        args.resolution = models.BACKBONES[args.model].get("pictures", models.BACKBONES[args.model]["resolution"])
+    args.sampler = args.sampler or ("student" if args.lora else "teacher")
+    facts = models.BACKBONES[args.model]
+    defaults = dict(steps=28, eta=0.0, guidance_scale=facts["guidance"])
+    if args.sampler == "student":
+        defaults = dict(steps=4, eta=0.9, guidance_scale=1.0)
+    defaults["resolution"] = facts.get("pictures", facts["resolution"])
+    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.batch_size = args.batch_size or min(50, max(1, 8 * 1024**2 // args.resolution**2))
     if args.prompt and args.prompts:
         p.error("give --prompt or --prompts, not both")
@@ -82,15 +84,6 @@ def parse_args(argv=None):
         p.error(f"--export_lora {new}: needs --lora, no --export, and a new file that ends in .safetensors")
     if args.reward_dir is None and args.model == "classroom":
         args.reward_dir = models.CLASSROOM
-    try:
-        args.eval = rewards.parse_weights(args.eval) if args.eval else {}
-        args.eval_prompts = parse_files(args.eval_prompts, args.eval)
-        routed = {rewards.SCORERS[name] for name in args.eval_prompts}
-    except models.UserError as error:
-        p.error(str(error))
-    alone = args.eval and all(rewards.SCORERS[name] in routed for name in args.eval)
-    if not (args.prompt or args.prompts or args.export or args.export_lora or alone) and args.model != "classroom":
-        p.error(f"--model {args.model} needs --prompts FILE or --prompt TEXT")
     return args
 
 
@@ -109,27 +102,13 @@ def begun(folder, call):
 
 def choose_out(args, made_from):
     """(--out or the first default one that is free, what was begun there, a hash of the call)."""
-    call = {key: plain(value) for key, value in vars(args).items() if key != "out"}
-    call = hashlib.sha256(json.dumps([call, made_from]).encode()).hexdigest()
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
+    call = hashlib.sha256(json.dumps([settings, made_from], default=str).encode()).hexdigest()
     names = (Path(f"out/samples_{i}" if i > 1 else "out/samples") for i in itertools.count(1))
     for folder in [args.out] if args.out else names:
         if (done := begun(folder, call)) is not None:
             return folder, done, call
     raise models.UserError(f"--out {args.out} is a file or not empty: give a new folder")
-
-
-def parse_files(text, columns):
-    """ "geneval=a.jsonl,ocr=b.txt" -> {"geneval": Path("a.jsonl"), ...}; each name must be asked for in --eval."""
-    files = {}
-    for item in text.split(",") if text else []:
-        name, _, file = item.strip().partition("=")
-        if name not in columns or not file:
-            asked = ", ".join(columns) or "nothing"
-            raise models.UserError(f"--eval_prompts {item}: write name=FILE for a reward of --eval ({asked})")
-        if rewards.SCORERS[name] in (rewards.SCORERS[other] for other in files):
-            raise models.UserError(f"--eval_prompts {item}: that scorer has a file already")
-        files[name] = models.path(file)
-    return files
 
 
 def generate(
@@ -146,13 +125,6 @@ def generate(
     return torch.cat(images)
 
 
-def bootstrap_error(values, n=1000, seed=0):
-    """Standard error of the mean by bootstrap over prompts."""
-    values = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
-    return float(values[picks].mean(1).std())
-
-
 def summarize(entries, weights):
     """Mean, standard error and per-task means of every column over the entries that have it, and the weighted mean.
 
@@ -165,9 +137,8 @@ def summarize(entries, weights):
         tags = [tag if isinstance(tag, str) else None for _, tag, _ in rows]  # a file's own may be anything
         tasks = {t: float(values[[x == t for x in tags]].mean()) for t in dict.fromkeys(tags) if t}
         means = rewards.prompt_means([prompt for _, _, prompt in rows], values)
-        error = bootstrap_error(means) if len(means) > 1 else None
-        table[name] = {"mean": float(values.mean()), "error": error, "n": len(values), "prompts": len(means)}
-        table[name]["tasks"] = tasks
+        error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else None
+        table[name] = dict(mean=float(values.mean()), error=error, n=len(values), prompts=len(means), tasks=tasks)
         if tasks:  # the benchmark's overall score: task types count alike, however many prompts they have
             table[name]["task_mean"] = float(np.mean(list(tasks.values())))
     weighted = sum(w * rewards.SCALE.get(name, 1) * table[name]["mean"] for name, w in weights.items())
@@ -175,18 +146,20 @@ def summarize(entries, weights):
 
 
 def report(summary):
-    """The summary as an aligned text table."""
-    tasks = list(dict.fromkeys(t for row in summary["rewards"].values() for t in row["tasks"]))
-    repeated = any(row["n"] != row["prompts"] for row in summary["rewards"].values())
-    head = f"{'reward':16}{'n':>6}" + f"{'prompts':>9}" * repeated + f"{'mean':>9}{'+-':>7}{'task mean':>10}"
-    lines = [head + "".join(f"{t:>15}" for t in tasks)]
+    """The summary as an aligned text table; a column that has no entry is left out."""
+    rows, tasks = [], {}
     for name, row in summary["rewards"].items():
-        cells = "".join(f"{row['tasks'][t]:15.3f}" if t in row["tasks"] else " " * 15 for t in tasks)
-        by_task = f"{row['task_mean']:10.3f}" if "task_mean" in row else " " * 10
-        counts = f"{row['n']:6}" + f"{row['prompts']:9}" * repeated
-        error = f"{'–':>7}" if row["error"] is None else f"{row['error']:7.3f}"  # of one prompt there is none
-        lines.append(f"{name:16}{counts}{row['mean']:9.3f}{error}{by_task}{cells}")
-    return "\n".join([*lines, f"{'weighted mean':22}{' ' * 9 * repeated}{summary['weighted_mean']:9.3f}"])
+        tasks |= row["tasks"]
+        numbers = {"mean": row["mean"], "+-": row["error"], "task mean": row.get("task_mean"), **row["tasks"]}
+        cells = {"reward": name, "n": row["n"]} | {key: f"{x:.3f}" for key, x in numbers.items() if x is not None}
+        cells |= {"prompts": row["prompts"]} if row["prompts"] != row["n"] else {}
+        rows.append({"+-": "–"} | cells)  # of one prompt there is no error
+    rows.append({"reward": "weighted mean", "mean": f"{summary['weighted_mean']:.3f}"})
+    shown = ("reward", "n", "prompts", "mean", "+-", "task mean", *tasks)
+    columns = [[key, *(str(row.get(key, "")) for row in rows)] for key in shown if any(key in row for row in rows)]
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*columns, strict=True)
+    return "\n".join("  ".join([f"{a:{widths[0]}}", *map(str.rjust, row, widths[1:])]).rstrip() for a, *row in lines)
 
 
 def prompt_sets(args):
@@ -194,7 +167,15 @@ def prompt_sets(args):
     weights = dict(args.eval)  # a model's further columns are reported beside the one asked for, without weight
     for name in args.eval:
         weights |= {column: weights.get(column, 0.0) for column in rewards.SCORERS[name].columns}
-    routed = {column: file for name, file in args.eval_prompts.items() for column in rewards.SCORERS[name].columns}
+    routed = {}  # column -> its own prompt file
+    for item in args.eval_prompts.split(",") if args.eval_prompts else []:
+        name, _, file = item.strip().partition("=")
+        if name not in args.eval or not file:
+            asked = ", ".join(args.eval) or "nothing"
+            raise models.UserError(f"--eval_prompts {item}: write name=FILE for a reward of --eval ({asked})")
+        if name in routed:
+            raise models.UserError(f"--eval_prompts {item}: that scorer has a file already")
+        routed |= dict.fromkeys(rewards.SCORERS[name].columns, models.path(file))
     rest = [column for column in weights if column not in routed]
     sets = []
     if args.prompt:
@@ -202,6 +183,8 @@ def prompt_sets(args):
     elif args.prompts:
         sets.append((rewards.read_prompts(args.prompts), rest))
     elif rest or not weights:
+        if args.model != "classroom":
+            raise models.UserError(f"--model {args.model} needs --prompts FILE or --prompt TEXT")
         from classroom.shapes import sample_prompts
 
         sets.append(([(m["prompt"], m) for m in sample_prompts(args.n_images or 48, args.seed, "heldout")], rest))
@@ -226,114 +209,104 @@ def times(prompt, metadata):
     return int(n)
 
 
-def main(args):
-    rank, world_size, device = models.setup_distributed(args.device)
-    target = args.export or args.export_lora
-    sets, weights = prompt_sets(args) if not target else ([], {})
-    if args.fd_reference and not target and sum(len(pairs) for pairs, _ in sets) < 2:
-        raise models.UserError("--fd_reference compares sets of pictures: ask for 2 or more (--n_images, --per_prompt)")
-    adapters = [models.fingerprint(folder) for folder in args.lora]  # are they whole? Known before the models load
-    if not target:
-        args.out, done, call = models.gather([choose_out(args, [sets, adapters])], world_size)[0]
-    folder = target.parent if target else args.out
+def check_writable(folder):
+    """May files be made here? Known before the models load."""
     with models.named_failure(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # may files be made here? Known before the models load
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def load(args, device, dtype):
+    """One network with the adapters on it: FLUX.2's student, which has weights of its own, or its teacher, not both."""
+    student = models.BACKBONES[args.model].get("student") if args.sampler == "student" else None
+    place = dict(device=device, dtype=dtype, resolution=args.resolution, with_student=False)
+    backbone = models.load(args.model, args.weights or student, **place)
+    models.put_below(backbone, args.teacher_lora)
+    for i, folder in enumerate(args.lora):
+        models.load_adapter(backbone.transformer, f"lora_{i}", folder, any_base=True)
+    backbone.roles["generator"] = tuple(f"lora_{i}" for i in range(len(args.lora)))
+    return backbone
+
+
+def main(args):
+    rank, world_size, device = models.setup_distributed(args.device)
     stack = [*args.teacher_lora, *args.lora]
+    adapters = [models.fingerprint(folder) for folder in stack]  # are they whole? Known before the models load
     for folder in args.lora:
         models.trained_over(folder, stack)
-    if args.export_lora:
-        return export_lora(stack, args) if rank == 0 else None
-    for folder in stack:
-        models.read_adapter(folder)  # is it whole? Known before the models load
+    if target := args.export or args.export_lora:
+        check_writable(target.parent)
+        if rank == 0:
+            export_lora(stack, args) if args.export_lora else export(load(args, device, None), target)
+        return
+    sets, weights = prompt_sets(args)
+    if args.fd_reference and sum(len(pairs) for pairs, _ in sets) < 2:
+        raise models.UserError("--fd_reference compares sets of pictures: ask for 2 or more (--n_images, --per_prompt)")
+    args.out, done, call = models.gather([choose_out(args, [sets, adapters])], world_size)[0]
+    check_writable(args.out)
     scorers = None
     if weights or args.fd_reference:
         size = args.reward_batch_size or args.batch_size
         scorers = rewards.load_scorers(weights, device, args.reward_dir, size, args.offload_rewards)
     mixed = device.type == "cuda" and args.model != "classroom" and models.computes_bfloat16(device)
     dtype = torch.bfloat16 if mixed else torch.float32
-    # one network is enough here: FLUX.2's generator, which has weights of its own, or its teacher
-    student = models.BACKBONES[args.model].get("student") if args.few_step or args.lora else None
     if rank == 0:
         print(f"device {device}, networks in {str(dtype)[6:]}, processes: {world_size}")
-    # an export has the files' own dtype
-    placement = dict(
-        device=device, dtype=None if args.export else dtype, resolution=args.resolution, with_student=False
-    )
-    backbone = models.load(args.model, args.weights or student, **placement)
-    models.put_below(backbone, args.teacher_lora)
-    for i, folder in enumerate(args.lora):
-        models.load_adapter(backbone.transformer, f"lora_{i}", folder, any_base=True)
-    backbone.roles["generator"] = tuple(f"lora_{i}" for i in range(len(args.lora)))
-    if args.export:
-        if rank == 0:
-            export(backbone, args.export)
-        return
+    backbone = load(args, device, dtype)
     few_steps = [1000 * (1 - i / args.steps) for i in range(args.steps)]  # 4: models.FEW_STEPS
-    sigmas = backbone.sigmas(few_steps if args.few_step else args.steps)
+    sigmas = backbone.sigmas(few_steps if args.sampler == "student" else args.steps)
 
-    # batches hold prompts of one set, and are dealt to the processes whole: the arithmetic does not depend on how many
+    # a batch holds prompts of one set, and goes to one process whole: the arithmetic does not depend on how many
     batches, start = [], 0
     for pairs, columns in sets:
         for b in range(0, len(pairs), args.batch_size):
             part = pairs[b : b + args.batch_size]
             batches.append((range(start + b, start + b + len(part)), part, columns))
         start += len(pairs)
-    reference = scorers.features_of_folder(args.fd_reference) if args.fd_reference else None
-    shown, features, seconds, made = {}, [], 0.0, 0
-    (args.out / "scores.jsonl").touch()
+    batches = [batch for batch in batches if not all(i in done for i in batch[0])]
+    reference = scorers.features_of_folder(args.fd_reference) if args.fd_reference and rank == 0 else None
+    record, seconds = args.out / "scores.jsonl", 0.0
+    record.touch()
     for indices, pairs, columns in tqdm(batches[rank::world_size], "images", unit="batch", disable=rank > 0):
         prompts, metadata = [prompt for prompt, _ in pairs], [m for _, m in pairs]
-        files = [args.out / f"{i:05d}.png" for i in indices]
-        if all(i in done for i in indices):
-            images = torch.cat([rewards.read_picture(file) for file in files])
-        else:
-            begin = time.perf_counter()
-            options = dict(batch_size=len(prompts), indices=indices)
-            images = generate(backbone, prompts, sigmas, args.eta, args.guidance_scale, args.seed, **options)
-            seconds, made = seconds + time.perf_counter() - begin, made + len(prompts)
-            scores = scorers.score(images, prompts, metadata, columns) if columns else {}
-            rows = [{name: values[j].item() for name, values in scores.items()} for j in range(len(prompts))]
-            done |= {i: {**m, "scores": row} for i, m, row in zip(indices, metadata, rows, strict=True)}
-            with models.named_failure(f"cannot write to {args.out}"):
-                for image, file in zip(images, files, strict=True):
-                    models.save_grid(image[None], file, 1, gap=0)
-                lines = [json.dumps({"index": i, "call": call, "entry": done[i]}) + "\n" for i in indices]
-                with (args.out / "scores.jsonl").open("ab", buffering=0) as file:  # one write: no process breaks a line
-                    file.write("".join(lines).encode())
-        features += list(scorers.features(images)) if args.fd_reference else []
-        shown |= {i: image for i, image in zip(indices, images, strict=True) if i < 64}
-    features = models.gather(features, world_size)
-    parts = models.gather([(done, shown, seconds, made)], world_size)
+        begin = time.perf_counter()
+        options = dict(batch_size=len(prompts), indices=indices)
+        images = generate(backbone, prompts, sigmas, args.eta, args.guidance_scale, args.seed, **options)
+        seconds += time.perf_counter() - begin
+        scores = scorers.score(images, prompts, metadata, columns) if columns else {}
+        for j, i in enumerate(indices):
+            done[i] = {**metadata[j], "scores": {name: values[j].item() for name, values in scores.items()}}
+        lines = [json.dumps({"index": i, "call": call, "entry": done[i]}) + "\n" for i in indices]
+        with models.named_failure(f"cannot write to {args.out}"):
+            for i, image in zip(indices, images, strict=True):
+                models.save_grid(image[None], args.out / f"{i:05d}.png", 1, gap=0)
+            with record.open("ab", buffering=0) as file:  # one write: no process breaks a line
+                file.write("".join(lines).encode())
+    parts = models.gather([(done, seconds)], world_size)  # all processes' files are there from here on
     if rank > 0:
         return
-    done, shown = ({i: x for part in parts for i, x in part[k].items()} for k in (0, 1))
+    done = {i: entry for part, _ in parts for i, entry in part.items()}
     entries = [done[i] for i in sorted(done)]
-    ms = 1000 * sum(part[2] for part in parts) / max(1, sum(part[3] for part in parts))
-    result = {"settings": {key: plain(value) for key, value in vars(args).items()}, "ms_per_image": ms}
-    result["nfe"] = (len(sigmas) - 1) * backbone.passes(args.guidance_scale)
-    result["sampler"] = sampler(args)
+    ms = 1000 * sum(part[1] for part in parts) / max(1, sum(len(indices) for indices, _, _ in batches))
+    nfe = (len(sigmas) - 1) * backbone.passes(args.guidance_scale)
+    how = f"{args.steps} CPS steps, eta {args.eta}" if args.eta else f"{args.steps} Euler steps"
+    how += f", guidance {args.guidance_scale}" if args.guidance_scale > 1 else ", no guidance"
+    result = {"settings": vars(args), "ms_per_image": ms, "nfe": nfe, "sampler": how}
     if weights:
         result |= summarize(entries, weights)
         print(report(result))
     if args.fd_reference:
-        fd = rewards.frechet_distance(np.stack(features), reference)
-        result["fd"] = {"value": fd, "n": len(features), "n_reference": len(reference)}
-        few = " (few pictures: compare at one n only)" if min(len(features), len(reference)) < 500 else ""
-        print(f"FD {fd:.2f}: {len(features)} pictures to {len(reference)} of {args.fd_reference}, CLIP features{few}")
+        fd = rewards.frechet_distance(scorers.features_of_folder(args.out), reference)
+        result["fd"] = {"value": fd, "n": len(entries), "n_reference": len(reference)}
+        few = " (few pictures: compare at one n only)" if min(len(entries), len(reference)) < 500 else ""
+        print(f"FD {fd:.2f}: {len(entries)} pictures to {len(reference)} of {args.fd_reference}, CLIP features{few}")
+    shown = torch.cat([rewards.read_picture(args.out / f"{i:05d}.png") for i in sorted(done)[:64]])
     with models.named_failure(f"cannot write to {args.out}"):
-        models.save_grid(torch.stack([shown[i] for i in sorted(shown)]), args.out / "grid.png", min(8, len(shown)))
+        models.save_grid(shown, args.out / "grid.png", min(8, len(shown)))
         aside = args.out / ".metadata.json.partial"  # its name says that the call is done
-        aside.write_text(json.dumps({**result, "images": entries}, indent=1) + "\n")
+        aside.write_text(json.dumps({**result, "images": entries}, indent=1, default=str) + "\n")
         aside.rename(args.out / "metadata.json")
-    how = f"{result['sampler']}: {result['nfe']} NFE, {ms:.0f} ms an image"
-    print(f"{len(entries)} images, {how}; {args.out}/grid.png, metadata.json")
-
-
-def sampler(args):
-    """The sampler in words."""
-    steps = f"{args.steps} CPS steps, eta {args.eta}" if args.few_step or args.eta else f"{args.steps} Euler steps"
-    return steps + (f", guidance {args.guidance_scale}" if args.guidance_scale > 1 else ", no guidance")
+    print(f"{len(entries)} images, {how}: {nfe} NFE, {ms:.0f} ms an image; {args.out}/grid.png, metadata.json")
 
 
 def export(backbone, folder):
@@ -369,21 +342,10 @@ def export_lora(folders, args):
             aside.rename(file)
         finally:
             aside.unlink(missing_ok=True)
-    family = models.BACKBONES[args.model]["family"]
-    here = f"--lora reads it; diffusers has no LoRA loader for {family.pipeline}: give it --export's transformer"
-    print(
-        f"{file}: {len(stack)} adapters as one, as "
-        + ("--lora and diffusers' load_lora_weights read it" if family.lora_loader else here)
-    )
-
-
-def plain(value):
-    """A setting as JSON holds it."""
-    if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+    family, readers = models.BACKBONES[args.model]["family"], "--lora and diffusers' load_lora_weights read it"
+    if not family.lora_loader:
+        readers = f"--lora reads it; diffusers has no LoRA loader for {family.pipeline}: give it --export's transformer"
+    print(f"{file}: {len(stack)} adapters as one, as {readers}")
 
 
 if __name__ == "__main__":

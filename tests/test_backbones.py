@@ -252,7 +252,7 @@ def test_both_stages_train_resume_and_sample(row, folders, tmp_path):
         assert any(t.abs().max() > 0 for key, t in tensors.items() if "lora_B" in key), name
     stack = ["--lora", tmp_path / "one/final/generator", "--lora", tmp_path / "two/final/rl"]
     sampled = {}
-    for name, lora in (("plain", []), ("stack", stack)):
+    for name, lora in (("plain", ["--sampler", "student"]), ("stack", stack)):
         flags = ["--model", row.model, "--weights", start, "--resolution", 64, "--prompts", prompts, "--device", "cpu"]
         sample.main(sample.parse_args([*map(str, [*flags, *lora, "--out", tmp_path / name])]))
         assert json.loads((tmp_path / name / "metadata.json").read_text())["nfe"] == 4
@@ -260,13 +260,13 @@ def test_both_stages_train_resume_and_sample(row, folders, tmp_path):
     assert sampled["plain"] != sampled["stack"]
 
 
-@pytest.mark.parametrize("steps, folder", ((4, "flux2-4b-student"), (3, "flux2-4b")))
+@pytest.mark.parametrize("sampler, folder", (("student", "flux2-4b-student"), ("teacher", "flux2-4b")))
 def test_sampling_flux2_takes_the_generators_weights_or_the_teachers_alone(
-    folders, tmp_path, monkeypatch, steps, folder
+    folders, tmp_path, monkeypatch, sampler, folder
 ):
     ours = dict(repo=str(folders("flux2-4b")), student=str(folders("flux2-4b-student")))
     monkeypatch.setitem(models.BACKBONES, "flux2-4b", models.BACKBONES["flux2-4b"] | ours)
-    flags = ["--model", "flux2-4b", "--resolution", "64", "--device", "cpu", "--prompt", "a cat", "--steps", str(steps)]
+    flags = ["--model", "flux2-4b", "--resolution", "64", "--device", "cpu", "--prompt", "a cat", "--sampler", sampler]
     loaded, load = [], models.load_transformer
     monkeypatch.setattr(
         models, "load_transformer", lambda cls, path, dtype: loaded.append(path) or load(cls, path, dtype)

@@ -1,7 +1,10 @@
 """Adapters as other tools write them: loaded as PEFT or diffusers load them, or refused by name."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import diffusers
 import pytest
@@ -198,6 +201,25 @@ def kohya(state):
     return out
 
 
+def kohya_fused(state):
+    """The same with query, key and value in one, and alpha other than the rank."""
+    out, block = kohya(state), "transformer.transformer_blocks.0.attn."
+    for layer, (q, k, v) in (("img_attn", ("to_q", "to_k", "to_v")), ("txt_attn", ("add_q_proj",) * 3)):
+        down, up = (state[f"{block}{q}.lora_{x}.weight"] for x in "AB")
+        up = torch.cat([up, 2 * state[f"{block}{k}.lora_B.weight"], -state[f"{block}{v}.lora_B.weight"]])
+        layer = f"lora_unet_double_blocks_0_{layer}_qkv"
+        out |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up, f"{layer}.alpha": torch.tensor(7.0)}
+    return out
+
+
+def kohya_with_texts(state):
+    """Its layers of CLIP and of T5, which diffusers converts and drops."""
+    out, (matrix, *_) = kohya_fused(state), state.values()
+    for layer in ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "lora_te3_encoder_block_0_layer_0_q"):
+        out |= {f"{layer}.lora_down.weight": matrix.clone(), f"{layer}.lora_up.weight": matrix.T.clone()}
+    return out
+
+
 def original_flux2(state):
     """The original repository's names, query, key and value in one."""
     out = {}
@@ -209,14 +231,19 @@ def original_flux2(state):
     return out
 
 
-def through_diffusers(write):
-    """The way out that the refusal names: loaded in diffusers, saved again."""
+def as_the_refusal_says(write, pipeline="FluxPipeline"):
+    """Converted by the command that the refusal names, without peft; the reference is diffusers' own loader."""
 
     def converted(tiny, folder):
         source, _ = write(tiny, folder)
-        pipe = tiny.in_diffusers(source)
-        pipe.save_lora_weights(folder / "c", peft.get_peft_model_state_dict(pipe.transformer))
-        return folder / "c", source
+        with pytest.raises(models.UserError) as error:
+            tiny.ours(source)
+        (code,) = re.findall('python -c "(.*)"$', str(error.value))
+        code = "import sys; sys.modules['peft'] = None; " + code.replace("FluxPipeline", pipeline)
+        subprocess.run([sys.executable, "-c", code], check=True)
+        network = {key: t for key, t in load_file(source).items() if not key.startswith("lora_te")}
+        save_file(network, folder / "network.safetensors")
+        return folder / "b_converted.safetensors", folder / "network.safetensors"
 
     return converted
 
@@ -313,11 +340,15 @@ DIALECTS = (
         "ComfyUI, its own layers",
         "flux2",
         tensors(original_flux2),
-        "is another tool's naming; diffusers converts FLUX's",
+        "is another tool's naming. Diffusers converts FLUX.1's, so",
     ),
-    ("ComfyUI, converted", "flux2", through_diffusers(tensors(original_flux2)), "equal"),
-    ("kohya", "flux1", tensors(kohya), "lora_unet_double_blocks_0.* is another tool's naming; diffusers converts"),
-    ("kohya, converted", "flux1", through_diffusers(tensors(kohya)), "equal"),
+    ("ComfyUI, converted", "flux2", as_the_refusal_says(tensors(original_flux2), "Flux2KleinPipeline"), "equal"),
+    ("kohya", "flux1", tensors(kohya), "lora_unet_double_blocks_0.* is another tool's naming. Diffusers converts"),
+    ("kohya, converted", "flux1", as_the_refusal_says(tensors(kohya)), "equal"),
+    ("kohya, fused, converted", "flux1", as_the_refusal_says(tensors(kohya_fused)), "equal"),
+    ("kohya, fused, converted", "flux2", as_the_refusal_says(tensors(kohya_fused), "Flux2KleinPipeline"), "equal"),
+    ("kohya, texts too", "flux1", tensors(kohya_with_texts), r"FLUX.1's, without lora_te1_.* \(4 keys\)"),
+    ("kohya, texts too, converted", "flux1", as_the_refusal_says(tensors(kohya_with_texts)), "equal"),
     (
         "NaN",
         "flux1",

@@ -25,7 +25,7 @@ def test_several_pictures_of_each_prompt(tmp_path, capsys):
     assert len(set(scores)) == 6  # image i depends on (seed, i)
     row = got["rewards"]["clipscore"]
     assert (row["n"], row["prompts"]) == (6, 2)
-    assert row["error"] == pytest.approx(sample.bootstrap_error([np.mean(scores[:3]), np.mean(scores[3:])]))
+    assert row["error"] == pytest.approx(np.std([np.mean(scores[:3]), np.mean(scores[3:])]) / 2**0.5)
     (head,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reward ")]
     assert "prompts" in head
     again = sampled(tmp_path / "b", "--prompt", "a circle", "--eval", "clipscore=1", "--per_prompt", 2)
@@ -41,7 +41,8 @@ def test_a_file_says_how_many_pictures_and_may_repeat_a_prompt(tmp_path, capsys)
     assert [e["prompt"] for e in got["images"]] == ["a circle", "a circle", "a cross", "a circle"]
     assert (got["rewards"]["clipscore"]["n"], got["rewards"]["clipscore"]["prompts"]) == (4, 2)
     assert len(sampled(tmp_path / "b", *flags, "--per_prompt", 1, "--n_images", 2)["images"]) == 2
-    assert "prompts" not in capsys.readouterr().out.splitlines()[-3]  # nothing was repeated
+    heads = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("reward ")]
+    assert heads == [["reward", "n", "prompts", "mean", "+-"], ["reward", "n", "mean", "+-"]]  # nothing was repeated
     file.write_text(json.dumps({"prompt": "a circle", "n": "many"}))
     with pytest.raises(models.UserError, match="'a circle': its \"n\", 'many', is no number of pictures"):
         sampled(tmp_path / "c", *flags)
@@ -61,18 +62,23 @@ SAMPLERS = (  # flags, the sampler in words, its network evaluations, raw timest
     (LORA, "4 CPS steps, eta 0.9, no guidance", 4, models.FEW_STEPS),
     ([*LORA, "--steps", 2], "2 CPS steps, eta 0.9, no guidance", 2, (1000, 500)),
     ([*LORA, "--steps", 8, "--eta", 0.5], "8 CPS steps, eta 0.5, no guidance", 8, range(1000, 0, -125)),
-    ([*LORA, "--guidance_scale", 2], "4 Euler steps, guidance 2.0", 8, None),
-    ([], "4 CPS steps, eta 0.9, no guidance", 4, models.FEW_STEPS),
-    (["--steps", 3], "3 Euler steps, guidance 2.0", 6, None),
+    ([*LORA, "--guidance_scale", 2], "4 CPS steps, eta 0.9, guidance 2.0", 8, models.FEW_STEPS),
+    ([*LORA, "--sampler", "teacher", "--steps", 4], "4 Euler steps, guidance 2.0", 8, None),
+    (["--sampler", "student"], "4 CPS steps, eta 0.9, no guidance", 4, models.FEW_STEPS),
+    (["--sampler", "student", "--eta", 0], "4 Euler steps, no guidance", 4, models.FEW_STEPS),
+    ([], "28 Euler steps, guidance 2.0", 56, None),
+    (["--steps", 4], "4 Euler steps, guidance 2.0", 8, None),
+    (["--steps", 8, "--guidance_scale", 1, "--eta", 0], "8 Euler steps, no guidance", 8, None),  # as PRX's student
+    (["--steps", 4, "--eta", 0.9], "4 CPS steps, eta 0.9, guidance 2.0", 8, None),
 )
 
 
 @pytest.mark.parametrize("flags, said, nfe, raw", SAMPLERS)
-def test_students_walk_any_number_of_few_steps(flags, said, nfe, raw, tmp_path, monkeypatch, capsys):
-    walked, generate = [], sample.generate
+def test_the_sampler_says_the_schedule_and_flags_its_numbers(flags, said, nfe, raw, tmp_path, monkeypatch, capsys):
+    walked, generate, steps = [], sample.generate, int(said.split()[0])
 
     def spied(backbone, prompts, sigmas, eta, guidance_scale, *args, **kwargs):
-        walked.append((sigmas, backbone.sigmas(nfe // 2 if raw is None else list(raw)), eta, guidance_scale))
+        walked.append((sigmas, backbone.sigmas(steps if raw is None else list(raw)), eta, guidance_scale))
         return generate(backbone, prompts, sigmas, eta, guidance_scale, *args, **kwargs)
 
     monkeypatch.setattr(sample, "generate", spied)
@@ -91,6 +97,16 @@ def test_pictures_are_as_large_as_the_published_evaluations(model, capsys):
     with pytest.raises(SystemExit):
         sample.parse_args(["--help"])
     assert "1024, the classroom's 64" in " ".join(capsys.readouterr().out.split())
+
+
+def test_prompts_are_asked_for_where_there_are_none_of_ones_own(tmp_path, capsys):
+    said = "--model sd3 needs --prompts FILE or --prompt TEXT"
+    assert said in refused(capsys, "--model", "sd3", "--out", tmp_path / "s")
+    (tmp_path / "a.txt").write_text("a cat\n")
+    flags = ["--model", "sd3", "--eval_prompts", f"clipscore={tmp_path}/a.txt", "--eval"]
+    assert said in refused(capsys, *flags, "clipscore,hpsv2", "--out", tmp_path / "s")  # hpsv2's are missing
+    ((pairs, columns),), _ = sample.prompt_sets(sample.parse_args([*flags, "clipscore"]))
+    assert [prompt for prompt, _ in pairs] == ["a cat"] and columns == ["clipscore"]
 
 
 def refused(capsys, *flags):

@@ -532,7 +532,8 @@ def test_held_out_evaluation_changes_nothing_and_survives_a_resume(distilled, tm
     assert stage_1(tmp_path / "part", "--steps", 4, "--save_every", 2, *flags, "--resume", tmp_path / "part") == whole
     # step 0 is the teacher's transformer, walked as the student: sample.py's own numbers for these prompts
     out = tmp_path / "samples"
-    sample.main(sample.parse_args(["--prompts", str(prompts), "--eval", "clipscore", "--out", str(out)]))
+    flags = ["--sampler", "student", "--prompts", str(prompts), "--eval", "clipscore", "--out", str(out)]
+    sample.main(sample.parse_args(flags))
     summary = json.loads((out / "metadata.json").read_text())["rewards"]
     assert summary["clipscore"]["mean"] == pytest.approx(scored[0]["eval/clipscore"], abs=1e-5)
     with pytest.raises(models.UserError, match="--eval_every needs --eval_prompts FILE"):

@@ -113,7 +113,7 @@ def test_sample_and_export_stack_it(runs, tmp_path):
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
     pictures = {}
     common = ["--prompt", "a circle", "--steps", "3"]
-    for name, flags in (("teacher", []), ("styled", below)):  # many steps with guidance: the teacher
+    for name, flags in (("teacher", []), ("styled", below)):
         sample.main(sample.parse_args([*common, *flags, "--out", str(tmp_path / name)]))
         pictures[name] = (tmp_path / name / "grid.png").read_bytes()
         assert json.loads((tmp_path / name / "metadata.json").read_text())["nfe"] == 6
