@@ -136,7 +136,7 @@ def test_the_network_is_asked_as_the_pipeline_asks_it(row):
     got = handed_over(row.backbone.transformer, lambda: ours(row, 1.0))
     assert len(got) == len(want) == 4
     for step, (a, b) in enumerate(zip(got, want, strict=True)):
-        more = "not the same arguments, or no tensors; twice as many: the pipeline guides at scale 1, see the row's `call`"
+        more = "not the same arguments, or no tensors; twice as many: the pipeline guides at scale 1, see `call`"
         assert set(a) == set(b) and len(a) > 2, more
         for name in a:
             value = b[name].expand_as(a[name]) if b[name].numel() == 1 else b[name]  # some pass one time for all
