@@ -2,6 +2,7 @@
 
     python classroom/demo.py                                             both stages and the report
     python classroom/demo.py --quick                                     the same with shorter trainings
+    python classroom/demo.py --long                                      with a longer one: the shipped adapters
 
 Runs acdmd.py and rtdmd.py (the commands are printed), and after each of them samples on the same held-out captions and
 the same seeds: the teacher with 28 guided steps and with 4, and with 4 steps DMD2 (shipped adapter), AC-DMD, RTDMD.
@@ -56,7 +57,7 @@ ABLATIONS = {
     "plain_dmd": ("acdmd.py", "--plain_dmd", "no sub-intervals"),
     "dmd2": ("acdmd.py", "--plain_dmd --eta 1", "DMD2"),
 }
-QUICK = dict(acdmd_steps=200, rtdmd_epochs=40, n_prompts=300)
+LENGTHS = {"quick": dict(acdmd_steps=200, rtdmd_epochs=40, n_prompts=300), "long": dict(rtdmd_epochs=1500)}
 
 
 def parse_args(argv=None):
@@ -66,7 +67,9 @@ def parse_args(argv=None):
     stages = ["acdmd", "rtdmd", "report"]
     more = "ablations: both stages without one part at a time; summary: means over --runs"
     p.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "ablations", "summary"], help=more)
-    p.add_argument("--quick", action="store_true", help="shorter trainings, fewer pictures: promises less")
+    how_long = p.add_mutually_exclusive_group()
+    how_long.add_argument("--quick", action="store_true", help="shorter trainings, fewer pictures: promises less")
+    how_long.add_argument("--long", action="store_true", help="fifteen times as long a stage 2")
     p.add_argument("--acdmd_steps", type=models.at_least(1), help="iterations of stage 1 (default: acdmd.py's)")
     p.add_argument("--rtdmd_epochs", type=models.at_least(1), help="epochs of stage 2 (default: rtdmd.py's)")
     p.add_argument("--only", nargs="+", default=list(ABLATIONS), choices=ABLATIONS, help="of the ablations")
@@ -78,7 +81,8 @@ def parse_args(argv=None):
     p.add_argument("--rl", type=models.path, help="stage 2's final folder (default: --out/rtdmd/final)")
     p.add_argument("--runs", type=models.path, nargs="+", default=[], help="of summary: --out of finished runs")
     known, _ = p.parse_known_args(argv)
-    p.set_defaults(**(QUICK if known.quick else {}))
+    for name, settings in LENGTHS.items():
+        p.set_defaults(**(settings if getattr(known, name) else {}))
     args = p.parse_args(argv)
     if args.n_prompts < 12:
         p.error(f"--n_prompts {args.n_prompts}: at least 12, two for each task type")
