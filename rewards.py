@@ -1097,25 +1097,25 @@ class Scorers:
                 scorer.to("cpu")
         return rows
 
+    @torch.enable_grad()
     def differentiable(self, images, prompts, metadata=None):
-        """Weighted sum of the differentiable columns, [B], with gradient to the images; 0 if there is none.
+        """(R [B], dR/dimages): the weighted sum of the differentiable columns, 0 if there is none, and its slope.
 
-        The gradient is taken here, of one scorer after the other, so that only one scorer's activations are alive. A
-        score must depend on its own image alone; second derivatives there are none.
+        The gradient is taken of one scorer after the other, so that only one scorer's activations are alive. A score
+        must depend on its own image alone.
         """
-        total, slope = images.new_zeros(len(images)), torch.zeros_like(images)
-        leaf = images.detach().requires_grad_(images.requires_grad and torch.is_grad_enabled())
-        for scorer in self.scorers:
-            if scorer.differentiable:
-                rows = self.call(scorer, leaf, prompts, [{}] * len(prompts) if metadata is None else metadata)
-                own = sum(self.weights[name] * SCALE.get(name, 1) * row for name, row in rows.items())
-                if leaf.requires_grad:
-                    with naming(scorer):
-                        slope += torch.autograd.grad(own.sum(), leaf)[0]
-                total += own.detach()
-                if self.offload:
-                    scorer.to("cpu")
-        return total + ((images - leaf.detach()) * slope).flatten(1).sum(1)  # adds 0, whose gradient is the slope
+        metadata = [{}] * len(prompts) if metadata is None else metadata
+        leaf = images.detach().requires_grad_()
+        R, slope = images.new_zeros(len(images)), torch.zeros_like(images)
+        for scorer in [scorer for scorer in self.scorers if scorer.differentiable]:
+            rows = self.call(scorer, leaf, prompts, metadata)
+            own = sum(self.weights[name] * SCALE.get(name, 1) * row for name, row in rows.items())
+            with naming(scorer):
+                slope += torch.autograd.grad(own.sum(), leaf)[0]
+            R += own.detach()
+            if self.offload:
+                scorer.to("cpu")
+        return R, slope
 
     @torch.no_grad()
     def features(self, images):

@@ -310,9 +310,11 @@ def reward_gradient(backbone, scorers, prompts, about, x0, margin):
     Taken at x0, so that the activations of reward models and VAE are gone before the transformer's backward begins.
     """
     x0 = x0.detach().requires_grad_()
-    R = scorers.differentiable(backbone.decode(x0), prompts, [about[prompt] for prompt in prompts])
-    loss = torch.relu(margin - R).mean()
-    return {"loss/bp": loss, "R": R.mean()}, torch.autograd.grad(loss, x0)[0]
+    images = backbone.decode(x0)
+    R, slope = scorers.differentiable(images, prompts, [about[prompt] for prompt in prompts])
+    pull = -(R < margin).float() / len(R)  # dloss/dR
+    values = {"loss/bp": torch.relu(margin - R).mean(), "R": R.mean()}
+    return values, torch.autograd.grad(images, x0, per_sample(pull, slope) * slope)[0]
 
 
 def pick_prompts(pairs, n, g):
