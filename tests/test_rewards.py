@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPModel
 import models
 import rewards
 import sample
+from classroom.prompts import geneval_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 TIGHT = dict(rtol=0, atol=2e-5)
@@ -623,9 +624,9 @@ def test_geneval_end_to_end_with_real_network_classes(folder, images):
 
 
 def test_training_prompts():
-    rows = rewards.geneval_prompts(600, seed=1)
+    rows = geneval_prompts(600, seed=1)
     assert [m["tag"] for m in rows[:6]] == list(rewards.TASKS) and len({m["prompt"] for m in rows}) > 500
-    assert rows == rewards.geneval_prompts(600, seed=1) != rewards.geneval_prompts(600, seed=2)
+    assert rows == geneval_prompts(600, seed=1) != geneval_prompts(600, seed=2)
     for m in rows:
         assert not m["prompt"].startswith("a photo of ") and {need["class"] for need in m["include"]} <= set(
             rewards.COCO
@@ -639,29 +640,29 @@ def test_training_prompts():
         assert rewards.geneval_check(found, m) == {"graded": 1.0, "strict": True, "correct": True}, m
         for word in [need["class"] for need in m["include"]] + [need.get("color", "") for need in m["include"]]:
             assert word in m["prompt"] or m["tag"] == "counting"
-    assert any("two pairs of scissors" in m["prompt"] for m in rewards.geneval_prompts(6000))
+    assert any("two pairs of scissors" in m["prompt"] for m in geneval_prompts(6000))
     assert any(" an orange" in m["prompt"] for m in rows) and not any(" a orange" in m["prompt"] for m in rows)
 
 
 def test_training_prompts_leave_out_what_is_excluded():
-    first = rewards.geneval_prompts(300, seed=1)
+    first = geneval_prompts(300, seed=1)
     turned = [{**m, "include": m["include"][::-1]} for m in first if m["tag"] in ("two_object", "color_attr")]
     content = lambda m: (m["tag"], sorted(json.dumps(need, sort_keys=True) for need in m["include"]))  # noqa: E731
     taken = [content(m) for m in turned]
     assert any(content(m) in taken for m in first)
-    assert not any(content(m) in taken for m in rewards.geneval_prompts(300, seed=1, exclude=turned))
+    assert not any(content(m) in taken for m in geneval_prompts(300, seed=1, exclude=turned))
     every = [{"tag": "single_object", "include": [{"class": c, "count": 1}]} for c in rewards.COCO]
     with pytest.raises(models.UserError, match="leaves no single_object prompt"):
-        rewards.geneval_prompts(6, exclude=every)
+        geneval_prompts(6, exclude=every)
 
 
 def test_training_prompts_as_a_file(tmp_path, monkeypatch):
-    command = [sys.executable, "rewards.py", str(tmp_path / "a.jsonl"), "--n", "60"]
+    command = [sys.executable, "classroom/prompts.py", str(tmp_path / "a.jsonl"), "--n", "60"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "60 prompts" in done.stdout, done.stderr
     pairs = rewards.read_prompts(tmp_path / "a.jsonl")
     rewards.check_prompts(pairs, ["geneval"])
-    assert [m for _, m in pairs] == rewards.geneval_prompts(60)
+    assert [m for _, m in pairs] == geneval_prompts(60)
 
 
 def metadata(**more):
@@ -974,7 +975,7 @@ ALL = "pickscore,hpsv2,hpsv3,clipscore,aesthetic,imagereward,ocr,geneval,geneval
 def test_all_nine_in_one_run_and_the_same_on_two_processes(folder, tmp_path):
     rows = [{"prompt": f'a red circle number {i} that says "OPEN"'} for i in range(5)]
     extra = {
-        "geneval": [m | {"prompt": m["prompt"]} for m in rewards.geneval_prompts(3)],
+        "geneval": [m | {"prompt": m["prompt"]} for m in geneval_prompts(3)],
         "ocr": [{"prompt": 'a sign with "YES"'}, {"prompt": 'a sign with "no"'}],
         "geneval2": [{"prompt": "cats", "vqa_list": QUESTIONS[0]}, {"prompt": "a sign", "vqa_list": QUESTIONS[1]}],
     }
