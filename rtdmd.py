@@ -36,7 +36,8 @@ import models
 import rewards
 from models import add_to, at_least, between, cps_mean, cps_step, per_sample, seeded, step_optimizer, to_device
 
-DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200, whatever stage 1's --delta_max was
+DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200
+CLIP_RANGE = 1e-5  # of the policy's ratio; paper: 1e-5
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
 # The published weights, policy 1, dm 1e-3 and bp 1e-4, are not of like terms: a log-probability is a mean over a latent
 # without 1/(2 rho^2), so its gradient is small, and L_G's is normalised to a latent's size. What counts is each term's
@@ -113,7 +114,6 @@ def parse_args(argv=None):
     add("--n_chosen", type=int, default=2, choices=[1, 2, 3], help="SubGRPO: trained stochastic steps; 3: ablation")
     more = "of each stochastic step's policy gradient; 0: never chosen. Paper: 1,1,1"
     add("--step_weights", type=three_weights, default=(1.0, 1.0, 1.0), help=more)
-    add("--clip_range", type=between(0), default=1e-5, help="of the policy ratio; paper: 1e-5")
     add("--policy_weight", type=between(0), default=1.0, help="weight of the policy gradient; 0: ablation")
     add("--dm_weight", type=between(0), default=1e-3, help="weight of L_G; paper: 1e-3; 0: ablation without leash")
     add("--bp_weight", type=between(0), default=1e-4, help="weight of reward back-propagation; paper: 1e-4")
@@ -146,13 +146,6 @@ def parse_args(argv=None):
     return args
 
 
-def stage_1(folder, dm_weight):
-    """{role: its adapter of stage 1}: those of a final/ folder, or without the leash some generator's alone."""
-    student = folder / "generator_ema"
-    alone = {"generator": student if student.is_dir() else folder}
-    return {"fake": folder / "fake", "generator": student} if dm_weight else alone
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # reinforcement learning: advantages, policy loss, SubGRPO
 
@@ -181,7 +174,7 @@ def has_signal(scores, weights):
     return torch.stack(differs).any(0)
 
 
-def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advantage=5.0):
+def policy_loss(log_prob, old_log_prob, advantages, clip_range=CLIP_RANGE, max_advantage=5.0):
     """PPO's clipped loss mean(max(-A ratio, -A clip(ratio, 1 -+ clip_range))), ratio = exp(logp - logp_old).
 
     An epoch has one optimiser step, so the ratio is 1 where its gradient is taken, and what runs is REINFORCE with the
@@ -312,17 +305,8 @@ def reward_gradient(backbone, scorers, prompts, about, x0, margin):
     x0 = x0.detach().requires_grad_()
     images = backbone.decode(x0)
     R, slope = scorers.differentiable(images, prompts, [about[prompt] for prompt in prompts])
-    pull = -(R < margin).float() / len(R)  # dloss/dR
-    values = {"loss/bp": torch.relu(margin - R).mean(), "R": R.mean()}
-    return values, torch.autograd.grad(images, x0, per_sample(pull, slope) * slope)[0]
-
-
-def pick_prompts(pairs, n, g):
-    """n (prompt, metadata) pairs with distinct texts, in random order."""
-    picked = {}
-    for i in torch.randperm(len(pairs), generator=g).tolist():
-        picked.setdefault(pairs[i][0], pairs[i])
-    return list(picked.values())[:n]
+    slope *= per_sample(-(R < margin).float() / len(R), slope)  # dloss/dimages = dloss/dR dR/dimages
+    return {"loss/bp": torch.relu(margin - R).mean(), "R": R.mean()}, torch.autograd.grad(images, x0, slope)[0]
 
 
 def of_one_image(gradient):
@@ -332,7 +316,10 @@ def of_one_image(gradient):
 
 def main(args):
     # set-up: run folder, prompts, rewards, networks and their adapters, optimisers
-    run, below = models.Run(args, "epochs", __file__, NO_PULL), stage_1(args.distilled, args.dm_weight)
+    run, student = models.Run(args, "epochs", __file__, NO_PULL), args.distilled / "generator_ema"
+    below = {"fake": args.distilled / "fake", "generator": student}  # role: its adapter of stage 1
+    if not args.dm_weight:  # some generator's alone: nothing asks a fake score
+        below = {"generator": student if student.is_dir() else args.distilled}
     run.pin("distilled", {role: models.fingerprint(source) for role, source in below.items()})
     models.trained_over(args.distilled, args.teacher_lora)
     if run.finished:
@@ -341,8 +328,8 @@ def main(args):
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**WEAK_TASKS)
     rewards.check_prompts(pairs, args.rewards, args.reward_dir)
     n_groups = rewards.count_groups(pairs, per_rank * run.world_size, args.group_size)
-    size = args.reward_batch_size or args.batch_size
-    scorers = rewards.load_scorers(args.rewards, run.device, args.reward_dir, size, args.offload_rewards)
+    options = args.reward_dir, args.reward_batch_size, args.offload_rewards
+    scorers = rewards.load_scorers(args.rewards, run.device, *options)
     run.heldout = rewards.HeldOut(args, run.device, scorers) if args.eval_every else None
     backbone = run.load_backbone()
     backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake", "fake_rl"), "ema": ("distilled", "rl_ema")}
@@ -384,7 +371,7 @@ def main(args):
 
         # 1) choose steps
         chosen = choose_steps(epoch, args.seed, [j for j in range(last) if args.step_weights[j]], C)
-        picked = pick_prompts(pairs, n_groups, seeded(args.seed, epoch, "prompts"))
+        picked = rewards.pick_prompts(pairs, n_groups, seeded(args.seed, epoch, "prompts"))
         prompts, metadata = zip(*(picked[i // K] for i in mine), strict=True)
         backbone.remember(prompts)  # text encoders run here, once for all micro-batches
 
@@ -436,12 +423,12 @@ def main(args):
                 for j in chosen:
                     v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
                     log_prob = cps_log_prob(x[:, j + 1], x[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
-                    loss = policy_loss(log_prob, old[:, j], A, args.clip_range)
+                    loss = policy_loss(log_prob, old[:, j], A)
                     # NOTE(paper): there steps weigh the same, which by their norms counts the last four times the first
                     weight = args.policy_weight * args.step_weights[j]
                     (weight * share * n_images / max(1, n_signal) * loss).backward()
                     drift = ((log_prob - old[:, j]).exp() - 1).abs()
-                    values = {"loss/policy": loss, "ratio_drift": drift, "clip_fraction": drift > args.clip_range}
+                    values = {"loss/policy": loss, "ratio_drift": drift, "clip_fraction": drift > CLIP_RANGE}
                     add_to(row, {name: value.float().mean() for name, value in values.items()}, args.batches * C)
 
             # last step: gradients of the leash and of the reward at x0_hat, then the chain rule through the transformer

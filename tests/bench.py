@@ -199,7 +199,7 @@ def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
         v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
         loss_ac = acdmd.fake_score_loss(v_fake, target, sigma_ts)
         point = x_t, sigma_t, v_fake
-        loss_cons = acdmd.consistency(backbone, cond, point, noise[:n_cons], one.eta, one.delta_max)
+        loss_cons = acdmd.consistency(backbone, cond, point, noise[:n_cons], one.eta)
         (loss_ac + one.gamma * loss_cons).backward()
         models.step_optimizer(optimizers["fake"], 1.0, 1)
 

@@ -110,10 +110,11 @@ def test_steps_back_in_time_are_1_to_delta_max(monkeypatch):
     backbone, seen = models.load("classroom"), []
     monkeypatch.setattr(acdmd, "consistency_loss", lambda *args: seen.append(args[4]) or torch.zeros(()))
     monkeypatch.setattr(rtdmd, "consistency_loss", lambda *args: seen.append(args[4]) or torch.zeros(()))
+    monkeypatch.setattr(acdmd, "DELTA_MAX", 3)
     monkeypatch.setattr(rtdmd, "DELTA_MAX", 3)
     cond, x = backbone.encode(["a circle"] * 64), torch.zeros(64, *backbone.latent_shape)
     noise, start = models.Noise((0,), range(64), backbone.latent_shape, "cpu"), (x, torch.full((64,), 0.5), x)
-    acdmd.consistency(backbone, cond, start, noise, 0.9, 3)
+    acdmd.consistency(backbone, cond, start, noise, 0.9)
     rtdmd.consistency(backbone, cond, start, noise, 0.9)
     assert all(delta.unique().tolist() == [1, 2, 3] for delta in seen) and len(seen) == 2
 
