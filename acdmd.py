@@ -27,6 +27,7 @@ import models
 import rewards
 from models import add_to, at_least, between, cps_step, per_sample, seeded, step_optimizer
 
+DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200
 PRESETS = {  # published settings of each backbone, and measured ones of the classroom
     "sana": dict(lr=3e-5, lr_fake=3e-5),  # SD3's, not published for it; nor for prx
     "prx": dict(lr=3e-5, lr_fake=3e-5),
@@ -70,7 +71,6 @@ def parse_args(argv=None):
     add("--guidance_scale", type=between(0), help="of the teacher, classifier-free; 1 or less: none")
     add("--eta", type=between(0, 1), default=0.9, help="CPS stochasticity, 0 ODE to 1 full re-noising; paper: 0.9")
     add("--gamma", type=between(0), default=0.01, help="weight of L_cons; paper: 0.01. 0: ablation without it")
-    add("--delta_max", type=at_least(1), default=200, help="L_cons: largest step back, in timesteps; paper: 200")
     add("--consistency_batch", type=at_least(1), help="L_cons: on so many images of a micro-batch (default: all)")
     add("--plain_dmd", action="store_true", help="ablation: match x0_hat at s = 0; with --eta 1 DMD2 (App. K)")
     add("--ema_decay", type=between(0, 1), default=0.99, help="paper: 0.99, every iteration")
@@ -170,12 +170,12 @@ def rollout(backbone, cond, levels, eta, noise, grad=False):
     return x
 
 
-def consistency(backbone, cond, point, noise, eta, delta_max):
+def consistency(backbone, cond, point, noise, eta):
     """L_cons of the first len(noise) samples of point = (x_t, sigma_t, v_t)."""
     n = len(noise)
     x_t, sigma_t, v_t = (part[:n] for part in point)
     cond = {name: torch.cat([c[:n], c[:n]]) for name, c in cond.items()}  # both transitions as one batch of 2n
-    delta = 1 + (noise.uniform("delta") * delta_max).floor()  # uniform on 1 .. delta_max
+    delta = 1 + (noise.uniform("delta") * DELTA_MAX).floor()  # uniform on 1 .. DELTA_MAX
     predict = lambda x, sigma: backbone.velocity("fake", x, sigma, cond)  # noqa: E731
     return consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, noise.normal("z1"), noise.normal("z2"))
 
@@ -236,8 +236,7 @@ def main(args):
             loss = fake_score_loss(v_fake, target, sigma_ts)
             add_to(row, {f"loss/ac_k{k}": loss}, args.batches)  # for the log, a mean over the micro-batches
             if args.gamma:
-                point = x_t, sigma_t, v_fake
-                loss_cons = consistency(backbone, cond, point, noise[:n_cons], args.eta, args.delta_max)
+                loss_cons = consistency(backbone, cond, (x_t, sigma_t, v_fake), noise[:n_cons], args.eta)
                 add_to(row, {"loss/cons": loss_cons}, args.batches)
                 loss = loss + args.gamma * loss_cons
             (loss / args.batches).backward()

@@ -218,8 +218,6 @@ def add_adapter(transformer, name, rank=32, *, init_std=None, generator=None, tr
 
     The draws come from a CPU generator, so every rank makes the same. Returns the list of its parameters.
     """
-    if name in transformer.lora_switch.known:
-        raise UserError(f"adapter {name!r} exists already")
     for module in lora_modules(transformer).values():
         out_features, in_features = module.base.weight.shape
         A = torch.randn(rank, in_features, generator=generator) * (1 / rank if init_std is None else init_std)
@@ -346,15 +344,13 @@ class Backbone:
             cond = {key: torch.cat([uncond[key].expand_as(cond[key]), cond[key]]) for key in cond}
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         self.evaluations += len(x) * (1 + torch.is_grad_enabled())  # a frozen base's backward costs one forward
-        with adapters(network, *self.below, *self.roles[role]), self.autocast():
+        mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with adapters(network, *self.below, *self.roles[role]), mixed:
             v = self.predict(network, x, sigma, cond, guidance_scale).float()
         if guided:
             v_uncond, v_cond = v.chunk(2)  # NOTE(paper): the release runs FLUX's two passes one after the other
             v = v_uncond + guidance_scale * (v_cond - v_uncond)
         return v
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def passes(self, guidance_scale):
         """Network evaluations of one guided velocity."""
@@ -371,11 +367,11 @@ class Backbone:
             self.velocity("teacher", x, 0.5, cond)
         return counter.get_total_flops()
 
-    def position_ids(self, key, make):
-        """make() on the device, once per key: the pipelines make them on the CPU, and a copy makes it wait."""
-        if key not in self._position_ids:
-            self._position_ids[key] = make().to(self.device)
-        return self._position_ids[key]
+    def position_ids(self, make, shape):
+        """make(a tensor of this shape) on the device, once: pipelines make them on the CPU, and copies make it wait."""
+        if shape not in self._position_ids:
+            self._position_ids[shape] = make(torch.empty(shape)).to(self.device)
+        return self._position_ids[shape]
 
     def decode(self, latents):
         """Images [B, 3, H, W] in [0, 1], float32, differentiable in the latents [B, C, H, W]."""
@@ -455,12 +451,12 @@ class Flux1(Backbone):
         (b, c, h, w), text = x.shape, cond["encoder_hidden_states"]
         guidance = x.new_full((b,), guidance_scale) if self.embedded_guidance else None
         self.levels = [1000 * number for number in (sigma, guidance) if number is not None]
-        ids = lambda: self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", x.dtype)  # noqa: E731
+        ids = lambda x: self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", x.dtype)  # noqa: E731
         v = network(
             hidden_states=self.pipe._pack_latents(x, b, c, h, w),
             timestep=sigma,
             guidance=guidance,
-            img_ids=self.position_ids(("image", x.shape), ids),
+            img_ids=self.position_ids(ids, x.shape),
             txt_ids=x.new_zeros(text.shape[1], 3),
             **cond,
             return_dict=False,
@@ -489,10 +485,8 @@ class Flux2(Backbone):
             hidden_states=self.pipe._pack_latents(x),
             timestep=sigma,
             guidance=None,
-            img_ids=self.position_ids(("image", x.shape), lambda: self.pipe._prepare_latent_ids(torch.empty(x.shape))),
-            txt_ids=self.position_ids(
-                ("text", text.shape), lambda: self.pipe._prepare_text_ids(torch.empty(text.shape))
-            ),
+            img_ids=self.position_ids(self.pipe._prepare_latent_ids, x.shape),
+            txt_ids=self.position_ids(self.pipe._prepare_text_ids, text.shape),
             **cond,
             return_dict=False,
         )[0]
@@ -670,8 +664,6 @@ def shard(backbone, mode="none", offload_frozen=False):
     and again for its backward. grad: gathered once, kept until the backward is done (faster, more memory). hybrid:
     full inside a node, copies across nodes. offload_frozen: shares wait in host memory.
     """
-    if mode not in SHARD_MODES:
-        raise UserError(f"unknown shard mode {mode!r}; allowed: {', '.join(SHARD_MODES)}")
     if mode == "none" and not offload_frozen:
         for network in backbone.networks():
             network.to(backbone.device)
@@ -1229,17 +1221,13 @@ def trained_over(folder, given):
         if file.is_file():
             with named_failure(f"{file} cannot be read"):
                 was = dict(json.loads(file.read_text()))
-            if set(was.get(BELOW, ())) - {short(source) for source in given}:
+            if set(was.get(BELOW, ())) - {fingerprint(source) for source in given}:
                 flags = " ".join(f"--teacher_lora {source}" for source in was["teacher_lora"])
                 raise UserError(f"{folder} was trained over other adapters than are given: add {flags}")
             return
 
 
 BELOW = "teacher_lora, sha256"  # in a run's args.json
-
-
-def short(source):
-    return fingerprint(source)[:16]
 
 
 def merge_adapters(transformer, names):
@@ -1490,7 +1478,7 @@ class Run:
         later = [p for p in step_folders(self.out) if int(p.name[5:]) > self.start]
         self.stale = [p for p in (*later, *partial, *self.out.glob("final")) if p.is_dir() and p != resumed]
         self.stop, self.heldout = StopSignal(), None
-        self.pin("teacher_lora", {"all": [fingerprint(source) for source in args.teacher_lora]}, before={"all": []})
+        self.pin("teacher_lora", {"all": [fingerprint(source) for source in args.teacher_lora]})
 
     def take_lock(self):
         """Lock --out for this process group: taken before the look into the folder, held to the end."""
@@ -1551,11 +1539,10 @@ class Run:
             )
         return state
 
-    def pin(self, flag, value, before=None):
-        """Parts of a value {part: number} that must be what they were when the run began, else the flag is refused.
-        before: what runs had that did not save it."""
+    def pin(self, flag, value):
+        """Parts of a value {part: number} that must be what they were when the run began, else the flag is refused."""
         self.pinned[flag] = value
-        was = self.state.get(flag, before) if self.state else None
+        was = self.state.get(flag) if self.state else None
         if isinstance(was, dict) and any(was.get(part, now) != now for part, now in value.items()):
             given = getattr(self.args, flag)
             given = " ".join(map(str, given)) or "left out" if isinstance(given, list) else given
@@ -1600,7 +1587,7 @@ class Run:
             digest = hashlib.sha256(json.dumps(pairs, default=str).encode()).hexdigest()[:16]
             data = {"world size": self.world_size, "prompts read": f"{len(pairs)}, sha256 {digest}"}
             data["base"] = getattr(backbone and backbone.transformer, "base", None)
-            data |= {BELOW: [short(source) for source in self.args.teacher_lora]}
+            data |= {BELOW: self.pinned["teacher_lora"]["all"]}
             for source in self.args.teacher_lora:
                 print(f"frozen under all roles: {source}")
             with named_failure(f"cannot write to --out {self.args.out}"):
@@ -1636,7 +1623,7 @@ class Run:
         every = self.args.sample_every
         if self.heldout and self.start == 0:
             self.evaluate(0)
-        self.since = time.perf_counter()
+        self.since, self.backbone.evaluations = time.perf_counter(), 0
         for step in range(self.start, self.total):
             yield step
             done, stopped = step + 1, self.stop.agreed(self.world_size)
@@ -1644,14 +1631,15 @@ class Run:
             judging = self.heldout and (done % self.heldout.every == 0 or done == self.total)
             if saving or judging:  # what is not finite must stop the run before it is saved
                 self.write_rows()
-            paused = time.perf_counter()
+            paused, evaluations = time.perf_counter(), self.backbone.evaluations
             if every and (done % every == 0 or step == 0):
                 self.sample_grid(done)
             if judging:
                 self.evaluate(done)
             if saving:
                 self.save(done)
-            self.since += time.perf_counter() - paused  # grids and checkpoints are no part of the training's pace
+            self.since += time.perf_counter() - paused  # this is no part of the training's pace
+            self.backbone.evaluations = evaluations
             self.bar.update()
             if stopped:
                 return self.print_stopped(done)
@@ -1725,7 +1713,7 @@ class Run:
 
     def evaluate(self, done):
         """Score the EMA generator's pictures of the held-out set, dealt to the processes: a log line of its own."""
-        backbone, n, evaluations = self.backbone, len(self.heldout.pairs), self.backbone.evaluations
+        backbone, n = self.backbone, len(self.heldout.pairs)
         turns = -(-n // self.world_size)  # as many for every process: sharded networks need them all for a forward
         mine, scores = [(self.rank + i * self.world_size) % n for i in range(turns)], []
         for b in range(0, turns, self.args.batch_size):
@@ -1735,18 +1723,15 @@ class Run:
             scores += self.heldout.score(decode_all(backbone, latents), part)
         row = self.heldout.summary(dict(gather(scores, self.world_size)))
         self.write_row({"step": done} | {name: float(f"{value:.6g}") for name, value in row.items()})
-        backbone.evaluations = evaluations
 
     def sample_grid(self, done):
         """Write a picture of the EMA generator's samples: the same prompts and noise each time."""
         if self.rank > 0 and self.args.shard == "none":
             return  # sharded networks need every process for a forward
-        backbone, evaluations = self.backbone, self.backbone.evaluations
-        latents = sample_latents(backbone, self.shown, backbone.sigmas(), self.args.eta, role="ema")
-        backbone.evaluations = evaluations  # the grid is no part of the training's pace
+        latents = sample_latents(self.backbone, self.shown, self.backbone.sigmas(), self.args.eta, role="ema")
         if self.rank == 0:
             file = self.out / "samples" / f"{self.count.removesuffix('s')}_{done:06d}.png"
-            save_grid(decode_all(backbone, latents), file, columns=8)
+            save_grid(decode_all(self.backbone, latents), file, columns=8)
 
     def save(self, step, final=False):
         """Write out/step_NNNNNN (or out/final) aside, flush it, then rename it; of older ones the newest stays, and

@@ -1,4 +1,4 @@
-"""Rewards: nine scorers with one signature, prompt files, GenEval's rules and training prompts.
+"""Rewards: nine scorers with one signature, GenEval's rules, and prompt files.
 
 A scorer maps (images [B, 3, H, W] in [0, 1], prompts, metadata) to columns {name: [B] float32}. The trainers
 and sample.py ask for columns with weights, `--rewards clipscore=1,geneval=1`, and get a `Scorers`: each model once.
@@ -6,11 +6,8 @@ and sample.py ask for columns with weights, `--rewards clipscore=1,geneval=1`, a
 Reported scores, and the rewards of the policy gradient, see pictures rounded to 8 bits as a file would hold them. The
 differentiable path does not round. Resizing is torch's antialiased one; against PIL's, CLIP's inputs differ by .004 on
 average (normalised units).
-
-    python rewards.py geneval_train.jsonl --n 50000          GenEval-style training prompts
 """
 
-import argparse
 import contextlib
 import copy
 import csv
@@ -18,7 +15,6 @@ import functools
 import html
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -92,9 +88,7 @@ class Weights:
         with self.opening(folder, f"the files of {cls.__name__}", SMALL):
             opened = cls.from_pretrained(self.source(folder))
             if size and len(opened) != size:  # transformers makes an empty tokenizer where the vocabulary is missing
-                raise ValueError(
-                    f"{len(opened)} tokens where the model knows {size}; its vocabulary's file is not there."
-                )
+                raise ValueError(f"{len(opened)} tokens where the model knows {size}; its vocabulary is not there.")
         return opened
 
     def file(self, folder, name):
@@ -135,27 +129,6 @@ class Weights:
             tokens = self.open(transformers.CLIPTokenizer, folder, model.config.text_config.vocab_size)
             self.clips[folder] = Clip(model, tokens)
         return self.clips[folder]
-
-
-def part(state, prefix):
-    """The entries of a state dict under a prefix, without it."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def load_head(layers, state, source):
-    """The layers, made on the meta device, with a published head's weights; a key that does not fit is an error."""
-    head = nn.Sequential(*layers)
-    try:
-        head.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
-    return head.eval().requires_grad_(False)
-
-
-def linear_layers(width):
-    """The head of LAION's predictor and of ImageReward: no activations, and dropout in training only."""
-    a, b, c, d, e = (nn.Linear(*pair, device="meta") for pair in itertools.pairwise((width, 1024, 128, 64, 16, 1)))
-    return a, nn.Dropout(), b, nn.Dropout(), c, nn.Dropout(), d, e
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -203,13 +176,18 @@ def read_picture(file):
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
 
 
+def rounded(images):
+    """Float pictures in [0, 1] with the 256 values that files hold."""
+    return (images.float() * 255).round() / 255
+
+
 def eight_bits(images):
     """Pictures as files hold them: uint8 array [B, H, W, 3] of images [B, 3, H, W] in [0, 1]."""
     return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# CLIP-like scorers: differentiable
+# scorers that train, in the paper: CLIPScore, PickScore and HPSv2, which are differentiable, and GenEval
 
 
 class Clip(nn.Module):
@@ -220,6 +198,9 @@ class Clip(nn.Module):
         self.model, self.tokenizer = model, tokenizer
         self.size = model.config.vision_config.image_size
         self.cache = {}  # prompt -> [D]; the text side needs no gradient
+
+    def cosine(self, pixels, prompts):
+        return (self.image(pixels) * self.text(prompts)).sum(-1)
 
     def image(self, pixels):
         return F.normalize(self.model.get_image_features(pixels).pooler_output, dim=-1)
@@ -253,7 +234,7 @@ class CLIPScore(nn.Module):
 
     def forward(self, images, prompts, metadata=None):
         pixels = normalize(resize_and_crop(images, self.clip.size, "bilinear"))
-        return {"clipscore": (self.clip.image(pixels) * self.clip.text(prompts)).sum(-1)}
+        return {"clipscore": self.clip.cosine(pixels, prompts)}
 
 
 class PickScore(nn.Module):
@@ -271,28 +252,7 @@ class PickScore(nn.Module):
 
     def forward(self, images, prompts, metadata=None):
         pixels = normalize(resize_and_crop(images, self.clip.size))
-        cosine = (self.clip.image(pixels) * self.clip.text(prompts)).sum(-1)
-        return {"pickscore": self.clip.model.logit_scale.exp() * cosine}
-
-
-class Aesthetic(nn.Module):
-    """LAION's aesthetic predictor: a linear head on CLIP L/14's image embedding, 5 to 6. The prompt plays no part.
-
-    Weights: clip/ and aesthetic/sac+logos+ava1-l14-linearMSE.pth. Shortest side to 224 bicubic, centre crop.
-    """
-
-    columns = ("aesthetic",)
-    differentiable = True
-
-    def __init__(self, weights, device):
-        super().__init__()
-        self.clip = weights.clip()
-        name = "sac+logos+ava1-l14-linearMSE.pth"
-        state = {key.removeprefix("layers."): value for key, value in weights.state("aesthetic", name).items()}
-        self.head = load_head(linear_layers(self.clip.model.config.projection_dim), state, name)
-
-    def forward(self, images, prompts, metadata=None):
-        return {"aesthetic": self.head(self.clip.image(normalize(resize_and_crop(images, self.clip.size)))).squeeze(-1)}
+        return {"pickscore": self.clip.model.logit_scale.exp() * self.clip.cosine(pixels, prompts)}
 
 
 class HPSv2(nn.Module):
@@ -323,8 +283,7 @@ class HPSv2(nn.Module):
 
     def forward(self, images, prompts, metadata=None):
         pixels = normalize(resize_and_pad(images, self.clip.size))
-        texts = [plain_text(prompt) for prompt in prompts]
-        return {"hpsv2": (self.clip.image(pixels) * self.clip.text(texts)).sum(-1)}
+        return {"hpsv2": self.clip.cosine(pixels, [plain_text(prompt) for prompt in prompts])}
 
 
 def plain_text(prompt):
@@ -371,369 +330,6 @@ def open_clip_to_transformers(state):
         else:
             out[name] = value
     return out
-
-
-class ImageReward(nn.Module):
-    """Human preference on BLIP features, about standard normal; the published tables have .8 to 1.4 (arXiv 2304.05977).
-
-    Weights: imagereward/ImageReward.pt (version 1.0) and bert/, its tokenizer. Shortest side to 224 bicubic, centre
-    crop; 35 word pieces of the prompt.
-    """
-
-    columns = ("imagereward",)
-    differentiable = True
-    VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-    VISION |= dict(patch_size=16, image_size=224, layer_norm_eps=1e-6)
-    TEXT = dict(vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072)
-    TEXT |= dict(num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=512, layer_norm_eps=1e-12)
-    KEYS = (  # inside blip.visual_encoder
-        (r"^cls_token$", "embeddings.class_embedding"),
-        (r"^pos_embed$", "embeddings.position_embedding"),
-        (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
-        (r"^blocks\.", "encoder.layers."),
-        (r"\.norm([12])\.", r".layer_norm\1."),
-        (r"\.attn\.qkv\.", ".self_attn.qkv."),
-        (r"\.attn\.proj\.", ".self_attn.projection."),
-        (r"^norm\.", "post_layernorm."),
-    )
-
-    def __init__(self, weights, device):
-        super().__init__()
-        name = "ImageReward.pt"
-        state = weights.state("imagereward", name)
-        used = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
-        odd = [key for key in state if not key.startswith((*used, "blip.vision_proj.", "blip.text_proj."))]
-        if odd:  # the two projections are of BLIP's own training
-            raise UserError(f"{name}: left over {odd[:5]}")
-        vision, text, head = (part(state, prefix) for prefix in used)
-        vision = {renamed(key, self.KEYS): value for key, value in vision.items()}
-        text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
-        config = transformers.BlipVisionConfig(**self.VISION)
-        self.vision = weights.model(transformers.BlipVisionModel, "imagereward", config, vision)
-        # is_decoder makes the cross-attention; called without it, the text attends both ways
-        config = transformers.BlipTextConfig(**self.TEXT, is_decoder=True)
-        self.text = weights.model(transformers.BlipTextModel, "imagereward", config, text, add_pooling_layer=False)
-        self.head = load_head(linear_layers(config.hidden_size), head, name)
-        # BLIP's table has two rows more than BERT's, [DEC] and [ENC]; neither is asked for here
-        self.tokenizer = weights.open(transformers.BertTokenizer, "bert", config.vocab_size - 2)
-
-    def forward(self, images, prompts, metadata=None):
-        pixels = normalize(resize_and_crop(images, self.VISION["image_size"]))
-        seen = self.vision(pixels).last_hidden_state
-        options = dict(padding="max_length", truncation=True, max_length=35, return_tensors="pt")
-        tokens = self.tokenizer(prompts, **options).to(images.device)
-        states = self.text(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=seen).last_hidden_state
-        reward = self.head(states[:, 0]).squeeze(-1)
-        return {"imagereward": (reward - 0.16717362830052426) / 1.0333394966054072}  # the authors' mean and deviation
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# scorers on large vision-language models
-
-
-HPSV3_INSTRUCTION = """
-You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 being the best. 
-
-**Visual Quality:**  
-Evaluate the overall visual quality of the image. The following sub-dimensions should be considered:
-- **Reasonableness:** The image should not contain any significant biological or logical errors, such as abnormal body structures or nonsensical environmental setups.
-- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear and easy to interpret, with no blurring or indistinct areas.
-- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and other visual elements (e.g., hair, clothing, shadows).
-- **Aesthetic and Creativity:** Assess the artistic aspects of the image, including the color scheme, composition, atmosphere, depth of field, and the overall creative appeal. The scene should convey a sense of harmony and balance.
-- **Safety:** The image should not contain harmful or inappropriate content, such as political, violent, or adult material. If such content is present, the image quality and satisfaction score should be the lowest possible. 
-
-**Text Alignment:**  
-Assess how well the image matches the textual prompt across the following sub-dimensions:
-- **Subject Relevance** Evaluate how accurately the subject(s) in the image (e.g., person, animal, object) align with the textual description. The subject should match the description in terms of number, appearance, and behavior.
-- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, evaluate how well the image adheres to this style.
-- **Contextual Consistency**: Assess whether the background, setting, and surrounding elements in the image logically fit the scenario described in the prompt. The environment should support and enhance the subject without contradictions.
-- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., colors, clothing, accessories, expressions, actions) are faithfully represented in the image. Minor deviations may be acceptable, but critical attributes should be preserved.
-- **Semantic Coherence**: Evaluate whether the overall meaning and intent of the prompt are captured in the image. The generated content should not introduce elements that conflict with or distort the original description.
-Textual prompt - {text_prompt}
-
-
-"""  # noqa: E501, W291
-HPSV3_QUESTION = "\nPlease provide the overall ratings of this image: <|Reward|>"
-
-
-class HPSv3(nn.Module):
-    """Human preference by Qwen2-VL 7B with a reward head, about 10 to 15 (arXiv 2508.03789). No gradient here: 8 B.
-
-    Weights: hpsv3/HPSv3.safetensors, and qwen2vl/ for config and tokenizer. Pictures of about 448x448 pixels; the score
-    is read at the token <|Reward|>. Instruction and question are the hpsv3 package's, 1.0.0, MIT: the model knows no
-    other words.
-    """
-
-    columns = ("hpsv3",)
-    differentiable = False
-
-    def __init__(self, weights, device):
-        super().__init__()
-        name = "HPSv3.safetensors"
-        state = weights.state("hpsv3", name)
-        state.pop("lm_head.weight", None)
-        head = {key.removeprefix("rm_head."): state.pop(key) for key in list(state) if key.startswith("rm_head.")}
-        config = weights.open(transformers.Qwen2VLConfig, "qwen2vl")
-        with torch.device("meta"):
-            first, second, third = (
-                nn.Linear(config.text_config.hidden_size, 1024),
-                nn.Linear(1024, 16),
-                nn.Linear(16, 2),
-            )
-        self.head = load_head((first, nn.ReLU(), nn.Dropout(), second, nn.ReLU(), third), head, name)
-        self.tokenizer = weights.open(transformers.AutoTokenizer, "qwen2vl")
-        self.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
-        rows = config.text_config.vocab_size = len(state.get("model.embed_tokens.weight", ()))
-        token = self.tokenizer.convert_tokens_to_ids("<|Reward|>")
-        if token != rows - 1:
-            raise UserError(f"<|Reward|> is token {token} of qwen2vl/'s tokenizer, and {name} has {rows} tokens")
-        state = {re.sub(r"^model\.", "language_model.", key): value for key, value in state.items()}
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = weights.model(transformers.Qwen2VLModel, "hpsv3", config, state, dtype)
-        pixels = dict(patch_size=config.vision_config.patch_size, min_pixels=448**2, max_pixels=448**2)
-        self.processor = transformers.Qwen2VLImageProcessorPil(**pixels)  # CLIP's mean and std
-
-    def forward(self, images, prompts, metadata=None):
-        inputs = self.processor(list(eight_bits(images)), return_tensors="pt").to(images.device)
-        grid = inputs.image_grid_thw  # [B, 3]: 1 frame, rows and columns of patches, of which 4 are a token
-        start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-        start += "<|image_pad|>" * int(grid[0].prod() // 4) + "<|vision_end|>"
-        texts = [start + HPSV3_INSTRUCTION.format(text_prompt=prompt) + HPSV3_QUESTION for prompt in prompts]
-        tokens, last = pad_right(self.tokenizer(texts).input_ids, images.device)
-        # NOTE: the model was trained and is published with plain positions 0, 1, 2, ..., for the image's tokens too
-        position = torch.arange(tokens.shape[1], device=images.device).expand(3, *tokens.shape)
-        states = self.model(tokens, position_ids=position, **inputs).last_hidden_state
-        return {"hpsv3": self.head(states[torch.arange(len(last)), last].float())[:, 0]}
-
-
-def pad_right(rows, device):
-    """Lists of token ids -> ([B, L], index of each row's last token). Causal models need no mask for padding behind."""
-    last = torch.tensor([len(row) - 1 for row in rows], device=device)
-    width = int(last.max()) + 1
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device), last
-
-
-class GenEval2(nn.Module):
-    """Soft-TIFA: Qwen3-VL 8B answers yes/no and counting questions about the picture (arXiv 2512.16853).
-
-    Columns: `geneval2`, geometric mean over a prompt's questions of the probability of the right answer's tokens, and
-    `geneval2_am`, the arithmetic mean. Weights: qwen3vl/. Metadata: "vqa_list", [[question, answer], ...].
-    A picture and the words before the question are encoded once; its questions follow as one batch on that cache.
-    """
-
-    columns = ("geneval2", "geneval2_am")
-    differentiable = False
-
-    def __init__(self, weights, device):
-        super().__init__()
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = weights.model(transformers.Qwen3VLForConditionalGeneration, "qwen3vl", dtype=dtype)
-        self.tokenizer = weights.open(transformers.AutoTokenizer, "qwen3vl")
-        pixels = dict(patch_size=self.model.config.vision_config.patch_size, min_pixels=256**2, max_pixels=4096**2)
-        self.processor = transformers.Qwen2VLImageProcessorPil(**pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-
-    def forward(self, images, prompts, metadata):
-        chances = [self.answer_chances(image[None], m["vqa_list"]) for image, m in zip(images, metadata, strict=True)]
-        means = {"geneval2": [c.log().mean().exp() for c in chances], "geneval2_am": [c.mean() for c in chances]}
-        return {name: torch.stack(values).float() for name, values in means.items()}
-
-    def answer_chances(self, image, questions):
-        """[Q] float64: probability of each right answer. image: [1, 3, H, W].
-
-        One at a time: keys and values of a picture with its questions are about a gigabyte.
-        """
-        device = image.device
-        inputs = self.processor(list(eight_bits(image)), return_tensors="pt").to(device)
-        pads = "<|image_pad|>" * int(inputs.image_grid_thw.prod() // 4)
-        start = self.tokenizer(f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>").input_ids
-        start = torch.tensor([start], device=device)
-        kind = (start == self.model.config.image_token_id).int()  # 1 at image tokens, for the positions
-        cache = transformers.DynamicCache(config=self.model.config)
-        self.model.model(start, **inputs, mm_token_type_ids=kind, past_key_values=cache, use_cache=True)
-        position, _ = self.model.model.get_rope_index(start, kind, inputs.image_grid_thw)
-
-        end = " Answer in one word.<|im_end|>\n<|im_start|>assistant\n"
-        tokens, last = pad_right(self.tokenizer([q + end for q, _ in questions]).input_ids, device)
-        cache.batch_repeat_interleave(len(questions))
-        position = position.max() + 1 + torch.arange(tokens.shape[1], device=device).expand(3, *tokens.shape)
-        states = self.model.model(tokens, position_ids=position, past_key_values=cache).last_hidden_state
-        logits = self.model.lm_head(states[torch.arange(len(last)), last])
-        chances = logits.float().softmax(-1).cpu()
-        right = [row[self.answer_tokens(q, a)].sum() for row, (q, a) in zip(chances, questions, strict=True)]
-        return torch.stack(right).double()
-
-    def answer_tokens(self, question, answer):
-        """First token of every spelling that counts as the answer; a token that two spellings share counts twice."""
-        if question.startswith("How many"):
-            digit = str(NUMBERS.index(answer.lower()))
-            spellings = [answer, answer.capitalize(), f" {answer}", f" {answer.capitalize()}", digit, f" {digit}"]
-        else:
-            spellings = ["Yes", "yes", " Yes", " yes"]
-        return [self.tokenizer(s, add_special_tokens=False).input_ids[0] for s in spellings]
-
-
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# OCR
-
-
-class OCR(nn.Module):
-    """1 - edit distance / length between the prompt's quoted texts and what PP-OCRv5 mobile reads in the picture.
-
-    Weights: ocr_det/ and ocr_rec/. The authors used PP-OCRv3 and v4: numbers do not compare to the digit.
-    """
-
-    columns = ("ocr",)
-    differentiable = False
-
-    def __init__(self, weights, device):
-        super().__init__()
-        self.detector = weights.model(transformers.PPOCRV5MobileDetForObjectDetection, "ocr_det")
-        self.reader = weights.model(transformers.PPOCRV5MobileRecForTextRecognition, "ocr_rec")
-        self.characters, n = weights.characters, self.reader.config.head_out_channels
-        if len(self.characters) != n:
-            raise UserError(f"ocr_rec lists {len(self.characters)} characters, its model tells {n} apart")
-
-    def forward(self, images, prompts, metadata=None):
-        # NOTE(paper): all quoted texts of a prompt count; the release looks at the first (its test set has no second)
-        pairs = zip(images, prompts, strict=True)
-        return {"ocr": torch.tensor([ocr_accuracy(self.read(image), prompt, texts=None) for image, prompt in pairs])}
-
-    def read(self, image):
-        """[(text, confidence)] of the lines in one image [3, H, W], top to bottom, those of confidence .5 and more."""
-        h, w = image.shape[-2:]
-        scale = min(1, 960 / max(h, w))
-        sides = (max(32, round(side * scale / 32) * 32) for side in (h, w))
-        # PaddleOCR applies ImageNet's RGB statistics to BGR channels, and so do these weights
-        pixels = normalize(resize(image[None], *sides, "bilinear").flip(1), *IMAGENET)
-        chances = self.detector(pixels).last_hidden_state[0, 0].float().cpu().numpy()
-        picture = Image.fromarray(eight_bits(image[None])[0])
-        lines = [self.read_line(cut_out(picture, box), image.device) for box in text_boxes(chances, h, w)]
-        return [(text, confidence) for text, confidence in lines if text and confidence >= 0.5]
-
-    def read_line(self, crop, device):
-        """(text, confidence) of a crop, by greedy CTC: repeats collapse, class 0 is the blank."""
-        pixels = torch.from_numpy(np.array(crop)).to(device).permute(2, 0, 1)[None].float() / 255
-        pixels = resize(pixels, 48, math.ceil(48 * crop.width / crop.height), "bilinear") * 2 - 1
-        pixels = F.pad(pixels, (0, max(0, 320 - pixels.shape[-1])))
-        chance, index = self.reader(pixels).last_hidden_state[0].float().max(-1)
-        keep = index != 0
-        keep[1:] &= index[1:] != index[:-1]
-        if not keep.any():
-            return "", 0.0
-        return "".join(self.characters[i] for i in index[keep].tolist()), chance[keep].mean().item()
-
-
-def text_boxes(chances, height, width, threshold=0.3, box_threshold=0.6, grow=1.5):
-    """Corners [4, 2] (x, y in a height x width picture; top left, top right, bottom right, bottom left) of text lines.
-
-    Differentiable binarisation's post-processing (arXiv 1911.08947) on a probability map [h, w], as in PaddleOCR:
-    regions above `threshold`, those with a mean above `box_threshold`, the smallest rotated rectangle around each,
-    grown by grow * area / circumference. In reading order.
-    """
-    boxes = []
-    for rows, starts, ends in regions(chances > threshold):
-        pixels = np.concatenate([chances[y, a:b] for y, a, b in zip(rows, starts, ends, strict=True)])
-        points = np.concatenate([np.stack([starts, rows], 1), np.stack([ends - 1, rows], 1)]).astype(float)
-        center, axes, sides = smallest_rectangle(points)
-        if pixels.mean() < box_threshold or sides.min() < 3:
-            continue
-        sides = sides + grow * sides.prod() / sides.sum()  # d = grow * area / circumference, on either side
-        if sides.min() < 5:
-            continue
-        signs = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
-        corners = center + (signs * sides / 2) @ axes
-        corners = corners * [width / chances.shape[1], height / chances.shape[0]]
-        boxes.append(corners.clip(0, [width - 1, height - 1]))
-    boxes.sort(key=lambda b: (b[0, 1], b[0, 0]))
-    for i in range(len(boxes) - 1):  # lines less than 10 px apart are one row: left to right
-        for j in range(i, -1, -1):
-            if abs(boxes[j + 1][0, 1] - boxes[j][0, 1]) >= 10 or boxes[j + 1][0, 0] >= boxes[j][0, 0]:
-                break
-            boxes[j], boxes[j + 1] = boxes[j + 1], boxes[j]
-    return boxes
-
-
-def regions(mask):
-    """8-connected regions of a boolean [h, w] as (rows, starts, ends) of their horizontal runs, ends exclusive."""
-    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    (rows, starts), (_, ends) = np.nonzero(edges == 1), np.nonzero(edges == -1)
-    parent = list(range(len(rows)))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    above = 0  # first run of the row above that can still touch
-    for i in range(len(rows)):
-        while rows[above] < rows[i] - 1 or (rows[above] == rows[i] - 1 and ends[above] < starts[i]):
-            above += 1
-        j = above
-        while rows[j] == rows[i] - 1 and starts[j] <= ends[i]:
-            parent[root(i)] = root(j)
-            j += 1
-    roots = np.array([root(i) for i in range(len(rows))])
-    return [(rows[roots == r], starts[roots == r], ends[roots == r]) for r in np.unique(roots)]
-
-
-def smallest_rectangle(points):
-    """Rectangle of least area around points [N, 2], angles in steps of 1 degree: center [2], axes [2, 2], sides [2]."""
-    angles = np.deg2rad(np.arange(-45, 45))
-    axes = np.stack([np.cos(angles), np.sin(angles), -np.sin(angles), np.cos(angles)], 1).reshape(-1, 2, 2)
-    along = axes @ points.T  # [90, 2, N]
-    low, high = along.min(-1), along.max(-1)
-    best = (high - low).prod(-1).argmin()
-    return ((low + high) / 2)[best] @ axes[best], axes[best], (high - low)[best]
-
-
-def cut_out(picture, corners):
-    """The rotated rectangle as an upright crop; a tall one is turned by 90 degrees."""
-    top_left, top_right, bottom_right, bottom_left = corners
-    width = max(np.linalg.norm(top_right - top_left), np.linalg.norm(bottom_right - bottom_left))
-    height = max(np.linalg.norm(bottom_left - top_left), np.linalg.norm(bottom_right - top_right))
-    size = (max(1, round(width)), max(1, round(height)))
-    quad = np.concatenate([top_left, bottom_left, bottom_right, top_right]).tolist()
-    crop = picture.transform(size, Image.Transform.QUAD, quad, Image.Resampling.BICUBIC)
-    return crop.rotate(90, expand=True) if size[1] >= 1.5 * size[0] else crop
-
-
-def quoted_texts(prompt):
-    """The texts in straight double quotes; the mark behind a digit opens none: it is inches."""
-    texts = [text for text in re.findall(r'(?<!\d)"([^"]*)"', prompt) if text.strip()]
-    if not texts:
-        raise UserError(f'ocr needs a text in straight double quotes, as in: a sign that says "OPEN"; got {prompt!r}')
-    return texts
-
-
-def plain_letters(text):
-    """Text without case, spaces and other ways to write the same letter, as an accent that combines."""
-    return "".join(unicodedata.normalize("NFKC", text.casefold()).split())
-
-
-def ocr_accuracy(lines, prompt, texts=1):
-    """1 - min(edit distance, n) / n in [0, 1]; n: length of the target. Both as `plain_letters`.
-
-    lines: [(text, confidence), ...] in reading order, joined; 1 also where the target is a part of them. The target:
-    the first `texts` quoted texts of the prompt, in order.
-    NOTE(paper): the release takes what stands between the first two quotes, inches (12" pizza) among them.
-    """
-    target = plain_letters("".join(quoted_texts(prompt)[:texts]))
-    found = plain_letters("".join(text for text, confidence in lines if confidence > 0))
-    if target in found:
-        return 1.0
-    row = list(range(len(target) + 1))  # Levenshtein distance of each prefix of the target to what was read so far
-    for i, c in enumerate(found, 1):
-        diagonal, row[0] = row[0], i
-        for j, t in enumerate(target, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (c != t))
-    return 1 - min(row[-1], len(target)) / len(target)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# GenEval
 
 
 class GenEval(nn.Module):
@@ -906,46 +502,441 @@ def geneval_check(detections, metadata):
     for d in sorted(detections, key=lambda d: -d["score"]):
         if d["score"] > threshold and len(found.setdefault(d["class"], [])) < 16:
             found[d["class"]].append(d)
+    graded, strict = graded_rule(found, metadata["include"])
+    return {"graded": graded, "strict": strict, "correct": benchmark_rule(found, metadata)}
 
-    terms, strict, exact_groups = [], True, []
-    correct, top_groups = True, []
-    for need in metadata["include"]:
+
+def graded_rule(found, include):
+    """(mean of the requirements' terms, do all hold exactly?); found: {class: its objects}, of which all count."""
+    terms, groups = [], []  # groups: the objects of each entry, None where it does not hold
+    for need in include:
         count, objects = need["count"], found.get(need["class"], [])
-        # the graded rule looks at all objects of the class, the benchmark's at the `count` most confident ones
-        terms.append(1 - abs(count - len(objects)) / count)
         exact = len(objects) == count
+        terms.append(1 - abs(count - len(objects)) / count)
         if not exact and ("color" in need or "position" in need):
             terms.append(0.0)
         if exact and "color" in need:
             n_color = sum(d.get("color") == need["color"] for d in objects)
-            terms.append(1 - abs(count - n_color) / count)
             exact = n_color == count
+            terms.append(1 - abs(count - n_color) / count)
         if exact and "position" in need:
-            exact = _related(objects, exact_groups, need["position"])
-            target_found = exact_groups[need["position"][1]] is not None
-            terms += [1.0] if exact else [0.0, 1.0] if target_found else [0.0]
-        exact_groups.append(objects if exact else None)
-        strict &= exact
-
-        top = objects[:count]
-        matched = len(top) == count
-        if matched and "color" in need:
-            matched = all(d.get("color") == need["color"] for d in top)
-        if matched and "position" in need:
-            matched = _related(top, top_groups, need["position"])
-        top_groups.append(top if matched else None)
-        correct &= matched
-    for no in metadata.get("exclude", []):
-        correct &= len(found.get(no["class"], [])) < no["count"]
-    return {"graded": sum(terms) / len(terms), "strict": bool(strict), "correct": bool(correct)}
+            exact = related(objects, groups, need["position"])
+            terms += [1.0] if exact else [0.0] if groups[need["position"][1]] is None else [0.0, 1.0]
+        groups.append(objects if exact else None)
+    return sum(terms) / len(terms), None not in groups
 
 
-def _related(objects, groups, position):
-    """True if every object stands in the relation to every object of the target group."""
+def benchmark_rule(found, metadata):
+    """Do the `count` most confident objects of each entry hold? Surplus ones are forgiven, unless they are excluded."""
+    groups = []
+    for need in metadata["include"]:
+        objects = found.get(need["class"], [])[: need["count"]]
+        holds = len(objects) == need["count"]
+        if "color" in need:
+            holds = holds and all(d.get("color") == need["color"] for d in objects)
+        if "position" in need:
+            holds = holds and related(objects, groups, need["position"])
+        groups.append(objects if holds else None)
+    surplus = any(len(found.get(no["class"], [])) >= no["count"] for no in metadata.get("exclude", []))
+    return None not in groups and not surplus
+
+
+def related(objects, groups, position):
+    """Does every object stand in the relation to every object of an earlier entry, which must hold itself?"""
     relation, target = position
     if groups[target] is None:
         return False
     return all(relation in relative_position(o["box"], t["box"]) for o in objects for t in groups[target])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# evaluation only, in the paper; --rewards takes them too, of which the first two are differentiable
+
+
+def part(state, prefix):
+    """The entries of a state dict under a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def load_head(layers, state, source):
+    """Layers, a Linear as its two sizes, with a published head's weights; a key that does not fit is an error."""
+    head = nn.Sequential(*(nn.Linear(*x, device="meta") if isinstance(x, tuple) else x for x in layers))
+    try:
+        head.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+    return head.eval().requires_grad_(False)
+
+
+def linear_layers(width):
+    """The head of LAION's predictor and of ImageReward: no activations, and dropout in training only."""
+    return (width, 1024), nn.Dropout(), (1024, 128), nn.Dropout(), (128, 64), nn.Dropout(), (64, 16), (16, 1)
+
+
+class Aesthetic(nn.Module):
+    """LAION's aesthetic predictor: a linear head on CLIP L/14's image embedding, 5 to 6. The prompt plays no part.
+
+    Weights: clip/ and aesthetic/sac+logos+ava1-l14-linearMSE.pth. Shortest side to 224 bicubic, centre crop.
+    """
+
+    columns = ("aesthetic",)
+    differentiable = True
+
+    def __init__(self, weights, device):
+        super().__init__()
+        self.clip = weights.clip()
+        name = "sac+logos+ava1-l14-linearMSE.pth"
+        state = {key.removeprefix("layers."): value for key, value in weights.state("aesthetic", name).items()}
+        self.head = load_head(linear_layers(self.clip.model.config.projection_dim), state, name)
+
+    def forward(self, images, prompts, metadata=None):
+        return {"aesthetic": self.head(self.clip.image(normalize(resize_and_crop(images, self.clip.size)))).squeeze(-1)}
+
+
+class ImageReward(nn.Module):
+    """Human preference on BLIP features, about standard normal; the published tables have .8 to 1.4 (arXiv 2304.05977).
+
+    Weights: imagereward/ImageReward.pt (version 1.0) and bert/, its tokenizer. Shortest side to 224 bicubic, centre
+    crop; 35 word pieces of the prompt.
+    """
+
+    columns = ("imagereward",)
+    differentiable = True
+    VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    VISION |= dict(patch_size=16, image_size=224, layer_norm_eps=1e-6)
+    TEXT = dict(vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072)
+    TEXT |= dict(num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=512, layer_norm_eps=1e-12)
+    KEYS = (  # inside blip.visual_encoder
+        (r"^cls_token$", "embeddings.class_embedding"),
+        (r"^pos_embed$", "embeddings.position_embedding"),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+        (r"^blocks\.", "encoder.layers."),
+        (r"\.norm([12])\.", r".layer_norm\1."),
+        (r"\.attn\.qkv\.", ".self_attn.qkv."),
+        (r"\.attn\.proj\.", ".self_attn.projection."),
+        (r"^norm\.", "post_layernorm."),
+    )
+
+    def __init__(self, weights, device):
+        super().__init__()
+        name = "ImageReward.pt"
+        state = weights.state("imagereward", name)
+        used = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
+        odd = [key for key in state if not key.startswith((*used, "blip.vision_proj.", "blip.text_proj."))]
+        if odd:  # the two projections are of BLIP's own training
+            raise UserError(f"{name}: left over {odd[:5]}")
+        vision, text, head = (part(state, prefix) for prefix in used)
+        vision = {renamed(key, self.KEYS): value for key, value in vision.items()}
+        text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
+        config = transformers.BlipVisionConfig(**self.VISION)
+        self.vision = weights.model(transformers.BlipVisionModel, "imagereward", config, vision)
+        # is_decoder makes the cross-attention; called without it, the text attends both ways
+        config = transformers.BlipTextConfig(**self.TEXT, is_decoder=True)
+        self.text = weights.model(transformers.BlipTextModel, "imagereward", config, text, add_pooling_layer=False)
+        self.head = load_head(linear_layers(config.hidden_size), head, name)
+        # BLIP's table has two rows more than BERT's, [DEC] and [ENC]; neither is asked for here
+        self.tokenizer = weights.open(transformers.BertTokenizer, "bert", config.vocab_size - 2)
+
+    def forward(self, images, prompts, metadata=None):
+        pixels = normalize(resize_and_crop(images, self.VISION["image_size"]))
+        seen = self.vision(pixels).last_hidden_state
+        options = dict(padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        tokens = self.tokenizer(prompts, **options).to(images.device)
+        states = self.text(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=seen).last_hidden_state
+        reward = self.head(states[:, 0]).squeeze(-1)
+        return {"imagereward": (reward - 0.16717362830052426) / 1.0333394966054072}  # the authors' mean and deviation
+
+
+HPSV3_INSTRUCTION = """
+You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 being the best. 
+
+**Visual Quality:**  
+Evaluate the overall visual quality of the image. The following sub-dimensions should be considered:
+- **Reasonableness:** The image should not contain any significant biological or logical errors, such as abnormal body structures or nonsensical environmental setups.
+- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear and easy to interpret, with no blurring or indistinct areas.
+- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and other visual elements (e.g., hair, clothing, shadows).
+- **Aesthetic and Creativity:** Assess the artistic aspects of the image, including the color scheme, composition, atmosphere, depth of field, and the overall creative appeal. The scene should convey a sense of harmony and balance.
+- **Safety:** The image should not contain harmful or inappropriate content, such as political, violent, or adult material. If such content is present, the image quality and satisfaction score should be the lowest possible. 
+
+**Text Alignment:**  
+Assess how well the image matches the textual prompt across the following sub-dimensions:
+- **Subject Relevance** Evaluate how accurately the subject(s) in the image (e.g., person, animal, object) align with the textual description. The subject should match the description in terms of number, appearance, and behavior.
+- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, evaluate how well the image adheres to this style.
+- **Contextual Consistency**: Assess whether the background, setting, and surrounding elements in the image logically fit the scenario described in the prompt. The environment should support and enhance the subject without contradictions.
+- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., colors, clothing, accessories, expressions, actions) are faithfully represented in the image. Minor deviations may be acceptable, but critical attributes should be preserved.
+- **Semantic Coherence**: Evaluate whether the overall meaning and intent of the prompt are captured in the image. The generated content should not introduce elements that conflict with or distort the original description.
+Textual prompt - {text_prompt}
+
+
+"""  # noqa: E501, W291
+HPSV3_QUESTION = "\nPlease provide the overall ratings of this image: <|Reward|>"
+
+
+class HPSv3(nn.Module):
+    """Human preference by Qwen2-VL 7B with a reward head, about 10 to 15 (arXiv 2508.03789). No gradient here: 8 B.
+
+    Weights: hpsv3/HPSv3.safetensors, and qwen2vl/ for config and tokenizer. Pictures of about 448x448 pixels; the score
+    is read at the token <|Reward|>. Instruction and question are the hpsv3 package's, 1.0.0, MIT: the model knows no
+    other words.
+    """
+
+    columns = ("hpsv3",)
+    differentiable = False
+
+    def __init__(self, weights, device):
+        super().__init__()
+        name = "HPSv3.safetensors"
+        state = weights.state("hpsv3", name)
+        state.pop("lm_head.weight", None)
+        head = {key.removeprefix("rm_head."): state.pop(key) for key in list(state) if key.startswith("rm_head.")}
+        config = weights.open(transformers.Qwen2VLConfig, "qwen2vl")
+        layers = (config.text_config.hidden_size, 1024), nn.ReLU(), nn.Dropout(), (1024, 16), nn.ReLU(), (16, 2)
+        self.head = load_head(layers, head, name)
+        self.tokenizer = weights.open(transformers.AutoTokenizer, "qwen2vl")
+        self.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+        rows = config.text_config.vocab_size = len(state.get("model.embed_tokens.weight", ()))
+        token = self.tokenizer.convert_tokens_to_ids("<|Reward|>")
+        if token != rows - 1:
+            raise UserError(f"<|Reward|> is token {token} of qwen2vl/'s tokenizer, and {name} has {rows} tokens")
+        state = {re.sub(r"^model\.", "language_model.", key): value for key, value in state.items()}
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        self.model = weights.model(transformers.Qwen2VLModel, "hpsv3", config, state, dtype)
+        pixels = dict(patch_size=config.vision_config.patch_size, min_pixels=448**2, max_pixels=448**2)
+        self.processor = transformers.Qwen2VLImageProcessorPil(**pixels)  # CLIP's mean and std
+
+    def forward(self, images, prompts, metadata=None):
+        inputs = self.processor(list(eight_bits(images)), return_tensors="pt").to(images.device)
+        grid = inputs.image_grid_thw  # [B, 3]: 1 frame, rows and columns of patches, of which 4 are a token
+        start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        start += "<|image_pad|>" * int(grid[0].prod() // 4) + "<|vision_end|>"
+        texts = [start + HPSV3_INSTRUCTION.format(text_prompt=prompt) + HPSV3_QUESTION for prompt in prompts]
+        tokens, last = pad_right(self.tokenizer(texts).input_ids, images.device)
+        # NOTE: the model was trained and is published with plain positions 0, 1, 2, ..., for the image's tokens too
+        position = torch.arange(tokens.shape[1], device=images.device).expand(3, *tokens.shape)
+        states = self.model(tokens, position_ids=position, **inputs).last_hidden_state
+        return {"hpsv3": self.head(states[torch.arange(len(last)), last].float())[:, 0]}
+
+
+def pad_right(rows, device):
+    """Lists of token ids -> ([B, L], index of each row's last token). Causal models need no mask for padding behind."""
+    last = torch.tensor([len(row) - 1 for row in rows], device=device)
+    width = int(last.max()) + 1
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device), last
+
+
+class GenEval2(nn.Module):
+    """Soft-TIFA: Qwen3-VL 8B answers yes/no and counting questions about the picture (arXiv 2512.16853).
+
+    Columns: `geneval2`, geometric mean over a prompt's questions of the probability of the right answer's tokens, and
+    `geneval2_am`, the arithmetic mean. Weights: qwen3vl/. Metadata: "vqa_list", [[question, answer], ...].
+    A picture and the words before the question are encoded once; its questions follow as one batch on that cache.
+    """
+
+    columns = ("geneval2", "geneval2_am")
+    differentiable = False
+
+    def __init__(self, weights, device):
+        super().__init__()
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        self.model = weights.model(transformers.Qwen3VLForConditionalGeneration, "qwen3vl", dtype=dtype)
+        self.tokenizer = weights.open(transformers.AutoTokenizer, "qwen3vl")
+        pixels = dict(patch_size=self.model.config.vision_config.patch_size, min_pixels=256**2, max_pixels=4096**2)
+        self.processor = transformers.Qwen2VLImageProcessorPil(**pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+    def forward(self, images, prompts, metadata):
+        chances = [self.answer_chances(image[None], m["vqa_list"]) for image, m in zip(images, metadata, strict=True)]
+        means = {"geneval2": [c.log().mean().exp() for c in chances], "geneval2_am": [c.mean() for c in chances]}
+        return {name: torch.stack(values).float() for name, values in means.items()}
+
+    def answer_chances(self, image, questions):
+        """[Q] float64: probability of each right answer. image: [1, 3, H, W].
+
+        One at a time: keys and values of a picture with its questions are about a gigabyte.
+        """
+        device = image.device
+        inputs = self.processor(list(eight_bits(image)), return_tensors="pt").to(device)
+        pads = "<|image_pad|>" * int(inputs.image_grid_thw.prod() // 4)
+        start = self.tokenizer(f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>").input_ids
+        start = torch.tensor([start], device=device)
+        kind = (start == self.model.config.image_token_id).int()  # 1 at image tokens, for the positions
+        cache = transformers.DynamicCache(config=self.model.config)
+        self.model.model(start, **inputs, mm_token_type_ids=kind, past_key_values=cache, use_cache=True)
+        position, _ = self.model.model.get_rope_index(start, kind, inputs.image_grid_thw)
+
+        end = " Answer in one word.<|im_end|>\n<|im_start|>assistant\n"
+        tokens, last = pad_right(self.tokenizer([q + end for q, _ in questions]).input_ids, device)
+        cache.batch_repeat_interleave(len(questions))
+        position = position.max() + 1 + torch.arange(tokens.shape[1], device=device).expand(3, *tokens.shape)
+        states = self.model.model(tokens, position_ids=position, past_key_values=cache).last_hidden_state
+        logits = self.model.lm_head(states[torch.arange(len(last)), last])
+        chances = logits.float().softmax(-1).cpu()
+        right = [row[self.answer_tokens(q, a)].sum() for row, (q, a) in zip(chances, questions, strict=True)]
+        return torch.stack(right).double()
+
+    def answer_tokens(self, question, answer):
+        """First token of every spelling that counts as the answer; a token that two spellings share counts twice."""
+        if question.startswith("How many"):
+            digit = str(NUMBERS.index(answer.lower()))
+            spellings = [answer, answer.capitalize(), f" {answer}", f" {answer.capitalize()}", digit, f" {digit}"]
+        else:
+            spellings = ["Yes", "yes", " Yes", " yes"]
+        return [self.tokenizer(s, add_special_tokens=False).input_ids[0] for s in spellings]
+
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+class OCR(nn.Module):
+    """1 - edit distance / length between the prompt's quoted texts and what PP-OCRv5 mobile reads in the picture.
+
+    Weights: ocr_det/ and ocr_rec/. The authors used PP-OCRv3 and v4: numbers do not compare to the digit.
+    """
+
+    columns = ("ocr",)
+    differentiable = False
+
+    def __init__(self, weights, device):
+        super().__init__()
+        self.detector = weights.model(transformers.PPOCRV5MobileDetForObjectDetection, "ocr_det")
+        self.reader = weights.model(transformers.PPOCRV5MobileRecForTextRecognition, "ocr_rec")
+        self.characters, n = weights.characters, self.reader.config.head_out_channels
+        if len(self.characters) != n:
+            raise UserError(f"ocr_rec lists {len(self.characters)} characters, its model tells {n} apart")
+
+    def forward(self, images, prompts, metadata=None):
+        # NOTE(paper): all quoted texts of a prompt count; the release looks at the first (its test set has no second)
+        pairs = zip(images, prompts, strict=True)
+        return {"ocr": torch.tensor([ocr_accuracy(self.read(image), prompt, texts=None) for image, prompt in pairs])}
+
+    def read(self, image):
+        """[(text, confidence)] of the lines in one image [3, H, W], top to bottom, those of confidence .5 and more."""
+        h, w = image.shape[-2:]
+        scale = min(1, 960 / max(h, w))
+        sides = (max(32, round(side * scale / 32) * 32) for side in (h, w))
+        # PaddleOCR applies ImageNet's RGB statistics to BGR channels, and so do these weights
+        pixels = normalize(resize(image[None], *sides, "bilinear").flip(1), *IMAGENET)
+        chances = self.detector(pixels).last_hidden_state[0, 0].float().cpu().numpy()
+        picture = Image.fromarray(eight_bits(image[None])[0])
+        lines = [self.read_line(cut_out(picture, box), image.device) for box in text_boxes(chances, h, w)]
+        return [(text, confidence) for text, confidence in lines if text and confidence >= 0.5]
+
+    def read_line(self, crop, device):
+        """(text, confidence) of a crop, by greedy CTC: repeats collapse, class 0 is the blank."""
+        pixels = torch.from_numpy(np.array(crop)).to(device).permute(2, 0, 1)[None].float() / 255
+        pixels = resize(pixels, 48, math.ceil(48 * crop.width / crop.height), "bilinear") * 2 - 1
+        pixels = F.pad(pixels, (0, max(0, 320 - pixels.shape[-1])))
+        chance, index = self.reader(pixels).last_hidden_state[0].float().max(-1)
+        keep = index != 0
+        keep[1:] &= index[1:] != index[:-1]
+        if not keep.any():
+            return "", 0.0
+        return "".join(self.characters[i] for i in index[keep].tolist()), chance[keep].mean().item()
+
+
+def text_boxes(chances, height, width, threshold=0.3, box_threshold=0.6, grow=1.5):
+    """Corners [4, 2] (x, y in a height x width picture; top left, top right, bottom right, bottom left) of text lines.
+
+    Differentiable binarisation's post-processing (arXiv 1911.08947) on a probability map [h, w], as in PaddleOCR:
+    regions above `threshold`, those with a mean above `box_threshold`, the smallest rotated rectangle around each,
+    grown by grow * area / circumference. In reading order.
+    """
+    boxes = []
+    for rows, starts, ends in regions(chances > threshold):
+        pixels = np.concatenate([chances[y, a:b] for y, a, b in zip(rows, starts, ends, strict=True)])
+        points = np.concatenate([np.stack([starts, rows], 1), np.stack([ends - 1, rows], 1)]).astype(float)
+        center, axes, sides = smallest_rectangle(points)
+        if pixels.mean() < box_threshold or sides.min() < 3:
+            continue
+        sides = sides + grow * sides.prod() / sides.sum()  # d = grow * area / circumference, on either side
+        if sides.min() < 5:
+            continue
+        signs = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+        corners = center + (signs * sides / 2) @ axes
+        corners = corners * [width / chances.shape[1], height / chances.shape[0]]
+        boxes.append(corners.clip(0, [width - 1, height - 1]))
+    boxes.sort(key=lambda b: (b[0, 1], b[0, 0]))
+    for i in range(len(boxes) - 1):  # lines less than 10 px apart are one row: left to right
+        for j in range(i, -1, -1):
+            if abs(boxes[j + 1][0, 1] - boxes[j][0, 1]) >= 10 or boxes[j + 1][0, 0] >= boxes[j][0, 0]:
+                break
+            boxes[j], boxes[j + 1] = boxes[j + 1], boxes[j]
+    return boxes
+
+
+def regions(mask):
+    """8-connected regions of a boolean [h, w] as (rows, starts, ends) of their horizontal runs, ends exclusive."""
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    (rows, starts), (_, ends) = np.nonzero(edges == 1), np.nonzero(edges == -1)
+    parent = list(range(len(rows)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    above = 0  # first run of the row above that can still touch
+    for i in range(len(rows)):
+        while rows[above] < rows[i] - 1 or (rows[above] == rows[i] - 1 and ends[above] < starts[i]):
+            above += 1
+        j = above
+        while rows[j] == rows[i] - 1 and starts[j] <= ends[i]:
+            parent[root(i)] = root(j)
+            j += 1
+    roots = np.array([root(i) for i in range(len(rows))])
+    return [(rows[roots == r], starts[roots == r], ends[roots == r]) for r in np.unique(roots)]
+
+
+def smallest_rectangle(points):
+    """Rectangle of least area around points [N, 2], angles in steps of 1 degree: center [2], axes [2, 2], sides [2]."""
+    angles = np.deg2rad(np.arange(-45, 45))
+    axes = np.stack([np.cos(angles), np.sin(angles), -np.sin(angles), np.cos(angles)], 1).reshape(-1, 2, 2)
+    along = axes @ points.T  # [90, 2, N]
+    low, high = along.min(-1), along.max(-1)
+    best = (high - low).prod(-1).argmin()
+    return ((low + high) / 2)[best] @ axes[best], axes[best], (high - low)[best]
+
+
+def cut_out(picture, corners):
+    """The rotated rectangle as an upright crop; a tall one is turned by 90 degrees."""
+    top_left, top_right, bottom_right, bottom_left = corners
+    width = max(np.linalg.norm(top_right - top_left), np.linalg.norm(bottom_right - bottom_left))
+    height = max(np.linalg.norm(bottom_left - top_left), np.linalg.norm(bottom_right - top_right))
+    size = (max(1, round(width)), max(1, round(height)))
+    quad = np.concatenate([top_left, bottom_left, bottom_right, top_right]).tolist()
+    crop = picture.transform(size, Image.Transform.QUAD, quad, Image.Resampling.BICUBIC)
+    return crop.rotate(90, expand=True) if size[1] >= 1.5 * size[0] else crop
+
+
+def quoted_texts(prompt):
+    """The texts in straight double quotes; the mark behind a digit opens none: it is inches."""
+    texts = [text for text in re.findall(r'(?<!\d)"([^"]*)"', prompt) if text.strip()]
+    if not texts:
+        raise UserError(f'ocr needs a text in straight double quotes, as in: a sign that says "OPEN"; got {prompt!r}')
+    return texts
+
+
+def plain_letters(text):
+    """Text without case, spaces and other ways to write the same letter, as an accent that combines."""
+    return "".join(unicodedata.normalize("NFKC", text.casefold()).split())
+
+
+def ocr_accuracy(lines, prompt, texts=1):
+    """1 - min(edit distance, n) / n in [0, 1]; n: length of the target. Both as `plain_letters`.
+
+    lines: [(text, confidence), ...] in reading order, joined; 1 also where the target is a part of them. The target:
+    the first `texts` quoted texts of the prompt, in order.
+    NOTE(paper): the release takes what stands between the first two quotes, inches (12" pizza) among them.
+    """
+    target = plain_letters("".join(quoted_texts(prompt)[:texts]))
+    found = plain_letters("".join(text for text, confidence in lines if confidence > 0))
+    if target in found:
+        return 1.0
+    row = list(range(len(target) + 1))  # Levenshtein distance of each prefix of the target to what was read so far
+    for i, c in enumerate(found, 1):
+        diagonal, row[0] = row[0], i
+        for j, t in enumerate(target, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (c != t))
+    return 1 - min(row[-1], len(target)) / len(target)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1089,33 +1080,32 @@ class Scorers:
             wanted = set(columns) & set(scorer.columns)
             for b in range(0, len(prompts) if wanted else 0, size):
                 part = slice(b, b + size)
-                pixels = (images[part].to(self.device, torch.float32) * 255).round().clamp(0, 255) / 255
-                scores = self.call(scorer, pixels, prompts[part], metadata[part])
+                scores = self.call(scorer, rounded(images[part].to(self.device)), prompts[part], metadata[part])
                 for name in wanted:
                     rows[name][part] = scores[name].float().cpu()
             if self.offload:
                 scorer.to("cpu")
         return rows
 
+    @torch.enable_grad()
     def differentiable(self, images, prompts, metadata=None):
-        """Weighted sum of the differentiable columns, [B], with gradient to the images; 0 if there is none.
+        """(R [B], dR/dimages): the weighted sum of the differentiable columns, 0 if there is none, and its slope.
 
-        The gradient is taken here, of one scorer after the other, so that only one scorer's activations are alive. A
-        score must depend on its own image alone; second derivatives there are none.
+        The gradient is taken of one scorer after the other, so that only one scorer's activations are alive. A score
+        must depend on its own image alone.
         """
-        total, slope = images.new_zeros(len(images)), torch.zeros_like(images)
-        leaf = images.detach().requires_grad_(images.requires_grad and torch.is_grad_enabled())
-        for scorer in self.scorers:
-            if scorer.differentiable:
-                rows = self.call(scorer, leaf, prompts, [{}] * len(prompts) if metadata is None else metadata)
-                own = sum(self.weights[name] * SCALE.get(name, 1) * row for name, row in rows.items())
-                if leaf.requires_grad:
-                    with naming(scorer):
-                        slope += torch.autograd.grad(own.sum(), leaf)[0]
-                total += own.detach()
-                if self.offload:
-                    scorer.to("cpu")
-        return total + ((images - leaf.detach()) * slope).flatten(1).sum(1)  # adds 0, whose gradient is the slope
+        metadata = [{}] * len(prompts) if metadata is None else metadata
+        leaf = images.detach().requires_grad_()
+        R, slope = images.new_zeros(len(images)), torch.zeros_like(images)
+        for scorer in [scorer for scorer in self.scorers if scorer.differentiable]:
+            rows = self.call(scorer, leaf, prompts, metadata)
+            own = sum(self.weights[name] * SCALE.get(name, 1) * row for name, row in rows.items())
+            with naming(scorer):
+                slope += torch.autograd.grad(own.sum(), leaf)[0]
+            R += own.detach()
+            if self.offload:
+                scorer.to("cpu")
+        return R, slope
 
     @torch.no_grad()
     def features(self, images):
@@ -1123,8 +1113,7 @@ class Scorers:
         check_images(images, len(images))
         clip, parts = self.files.clip().to(self.device), []
         for part in images.split(self.batch_size or 100):
-            pixels = (part.to(self.device, torch.float32) * 255).round().clamp(0, 255) / 255
-            pixels = normalize(resize_and_crop(pixels, clip.size, "bilinear"))
+            pixels = normalize(resize_and_crop(rounded(part.to(self.device)), clip.size, "bilinear"))
             parts.append(clip.model.vision_model(pixel_values=pixels).pooler_output.double().cpu())
         if self.offload:
             clip.to("cpu")
@@ -1287,10 +1276,8 @@ def read_prompts(path):
         keys = {key.strip().lower(): key for key in row}
         key = next((keys[name] for name in PROMPT_KEYS if name in keys), None)
         if not isinstance(row.get(key), str):
-            found = ", ".join(row)
-            raise UserError(
-                f"{path}, entry {number}: no text under {' or '.join(PROMPT_KEYS)}, in {found or 'no keys'}"
-            )
+            found = ", ".join(row) or "no keys"
+            raise UserError(f"{path}, entry {number}: no text under {' or '.join(PROMPT_KEYS)}, in {found}")
         prompt = row.pop(key).strip()
         pairs += [(prompt, {"prompt": prompt} | row)] if prompt else []
     if not pairs:
@@ -1355,6 +1342,14 @@ def count_groups(pairs, n_images, group_size):
     return n_images // group_size
 
 
+def pick_prompts(pairs, n, g):
+    """n (prompt, metadata) pairs with distinct texts, in random order."""
+    picked = {}
+    for i in torch.randperm(len(pairs), generator=g).tolist():
+        picked.setdefault(pairs[i][0], pairs[i])
+    return list(picked.values())[:n]
+
+
 def check_prompts(pairs, columns, reward_dir=None, files=None):
     """Raise a UserError if a prompt lacks what a scorer will need. files: the scorers' `Weights`, if there are some."""
     need = {SCORERS[find_scorer(name)] for name in columns}
@@ -1401,79 +1396,3 @@ def geneval_fault(metadata, classes, colors):
         if name not in list(allowed):
             return f"has the {what} {name!r}, which geneval's judge does not know; allowed: {', '.join(allowed)}"
     return None
-
-
-def geneval_prompts(n, seed=0, exclude=()):
-    """n prompts with GenEval metadata, the six task types in turn: [{"tag", "include", "prompt", ...}].
-
-    Of COCO's 80 classes, 10 colours, counts 2 to 4 and 4 positions; the small task types repeat. The benchmark's 553
-    prompts all begin with "a photo of"; these never do, so none of them is among them. exclude: metadata (such as the
-    benchmark's file) whose content, in whatever words and order of objects, must not come either.
-    """
-    rng = np.random.default_rng(seed)
-    content = lambda m: (m["tag"], frozenset(json.dumps(need, sort_keys=True) for need in m["include"]))  # noqa: E731
-    taken, rows, tries = {content(m) for m in exclude}, [], 0
-    while len(rows) < n:
-        m = geneval_prompt(TASKS[len(rows) % len(TASKS)], rng)
-        if content(m) not in taken:
-            rows.append(m)
-            tries = 0
-        elif (tries := tries + 1) == 10_000:
-            raise UserError(f"--exclude leaves no {m['tag']} prompt to draw: take a smaller file")
-    return rows
-
-
-def geneval_prompt(tag, rng):
-    """One random prompt of a task type as GenEval metadata."""
-    pick = lambda values, k: rng.choice(values, k, replace=False).tolist()  # noqa: E731
-    names = pick(COCO, 2 if tag in ("two_object", "position", "color_attr") else 1)
-    include = [{"class": name, "count": 1} for name in names]
-    if tag == "counting":
-        include[0]["count"] = int(rng.integers(2, 5))
-    if tag in ("colors", "color_attr"):
-        for need, color in zip(include, pick(COLORS, len(include)), strict=True):
-            need["color"] = color
-    objects, link = [in_words(need) for need in include], " and "
-    if tag == "position":  # the object that the other one stands to comes first
-        include[1]["position"] = [*pick(RELATIONS, 1), 0]
-        objects, link = objects[::-1], f" {include[1]['position'][0]} "
-    openings = "a picture of", "an image of", "a photograph of", "a snapshot of", "a shot of", "a photograph showing"
-    m = {"tag": tag, "include": include, "prompt": f"{pick(openings, 1)[0]} {link.join(objects)}"}
-    return m | {"exclude": [include[0] | {"count": include[0]["count"] + 1}]} if tag == "counting" else m
-
-
-def in_words(need):
-    """An entry of "include" as a prompt says it: "a red car", "two pairs of scissors"."""
-    count, name = need["count"], f"{need.get('color', '')} {need['class']}".strip()
-    if name.endswith(("skis", "scissors")):
-        name = f"pair{'s' * (count > 1)} of {name}"
-    elif count > 1:
-        plurals = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
-        name = plurals.get(name, name + ("es" if name.endswith(("s", "ch", "sh")) else "s"))
-    return f"{NUMBERS[count] if count > 1 else 'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def parse_args(argv=None):
-    what = "Write GenEval-style training prompts."
-    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=what, allow_abbrev=False)
-    p.add_argument("file", type=models.path, help="the .jsonl to write")
-    p.add_argument("--n", type=models.at_least(1), default=50_000, help="prompts")
-    p.add_argument("--exclude", type=models.path, help="GenEval .jsonl whose content must not come, in whatever words")
-    args = p.parse_args(argv)
-    if args.file.suffix != ".jsonl" or args.file.exists():
-        p.error(f"{args.file} {'exists' if args.file.exists() else 'is no .jsonl'}: name a new .jsonl")
-    return args
-
-
-def main(args):
-    pairs = read_prompts(args.exclude) if args.exclude else []
-    check_prompts(pairs, ["geneval"])
-    rows = geneval_prompts(args.n, exclude=[metadata for _, metadata in pairs])
-    with models.named_failure(f"cannot write {args.file}"):
-        args.file.parent.mkdir(parents=True, exist_ok=True)
-        args.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(f"{len(rows)} prompts in {args.file}, for example: {', '.join(row['prompt'] for row in rows[:6])}")
-
-
-if __name__ == "__main__":
-    models.run(main, parse_args())

@@ -6,8 +6,8 @@ Distribution Matching" (arXiv 2605.26108). The target is the teacher's distribut
                                          = KL(p_theta || p_psi) - beta E_theta[r] + const
 The first term is stage 1's distribution matching, L_G, here of the finished picture: the leash. A picture takes three
 random steps and a deterministic one, so the gradient of E[r] has two parts: the random steps' log-probabilities times
-r, and dr/dx0 through the last step. Each of the three terms has its own scale, so three weights stand for beta. An
-epoch:
+r, and dr/dx0 through the last step. Each of the three terms has its own scale, so three weights stand for it.
+An epoch:
 
 1. Choose C = 2 of the 3 stochastic steps (SubGRPO).
 2. Sample groups of K images a prompt, 4 CPS steps. Steps not chosen share one noise per prompt.
@@ -37,13 +37,13 @@ import models
 import rewards
 from models import add_to, at_least, between, cps_mean, cps_step, per_sample, seeded, step_optimizer, to_device
 
-DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200, whatever stage 1's --delta_max was
+DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200
+CLIP_RANGE = 1e-5  # of the policy's ratio; paper: 1e-5
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
 # The published weights, policy 1, dm 1e-3 and bp 1e-4, are not of like terms. The policy gradient follows noise, which
 # over a batch mostly cancels; L_G pulls on all pictures alike. What counts is the norm of an epoch's gradient, which
-# `tests/bench.py --signal` prints: in the classroom, at weight 1, policy 1.4e-4, L_G 2.5e-3, R 1.9e-3, so its .02 makes
-# them comparable. With the published rewards R is about 1.5 (CLIPScore, HPSv2, PickScore / 26), below the margin of 3:
-# then the hinge just means -R.
+# `tests/bench.py --signal` prints: in the classroom, at weight 1, policy 1.4e-4, L_G 2.5e-3, R 1.9e-3, hence its .02.
+# With the published rewards R is about 1.5 (CLIPScore, HPSv2, PickScore / 26), and a hinge with margin 3 just means -R.
 PRESETS = {
     "sana": dict(group_size=24, batch_size=9, batches=16),  # SD3.5's, not published for it; nor for prx
     "prx": dict(group_size=24, batch_size=9, batches=16),
@@ -115,7 +115,6 @@ def parse_args(argv=None):
     add("--n_chosen", type=int, default=2, choices=[1, 2, 3], help="SubGRPO: trained stochastic steps; 3: ablation")
     more = "of each stochastic step's policy gradient; 0: never chosen. Paper: 1,1,1"
     add("--step_weights", type=three_weights, default=(1.0, 1.0, 1.0), help=more)
-    add("--clip_range", type=between(0), default=1e-5, help="of the policy ratio; paper: 1e-5")
     add("--policy_weight", type=between(0), default=1.0, help="weight of the policy gradient; 0: ablation")
     add("--dm_weight", type=between(0), default=1e-3, help="weight of L_G; paper: 1e-3; 0: ablation without leash")
     add("--bp_weight", type=between(0), default=1e-4, help="weight of reward back-propagation; paper: 1e-4")
@@ -148,13 +147,6 @@ def parse_args(argv=None):
     return args
 
 
-def stage_1(folder, dm_weight):
-    """{role: its adapter of stage 1}: those of a final/ folder, or without the leash some generator's alone."""
-    student = folder / "generator_ema"
-    alone = {"generator": student if student.is_dir() else folder}
-    return {"fake": folder / "fake", "generator": student} if dm_weight else alone
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # reinforcement learning: advantages, policy loss, SubGRPO
 
@@ -177,20 +169,19 @@ def group_advantages(scores, weights):
 def has_signal(scores, weights):
     """Bool [G]: does some weighted scorer tell the images of this group apart? A group of one always counts.
 
-    One continuous scorer (CLIPScore) tells all apart; it is rewards of few values, alone, that leave groups out.
+    One continuous scorer tells all apart: only rewards of few values leave groups out.
     NOTE(paper): the release looks for advantages of exactly 0, which standardising over the whole batch leaves nowhere.
     """
     differs = [(r.amax(1) > r.amin(1)) | (r.shape[1] == 1) for name, r in scores.items() if weights[name]]
     return torch.stack(differs).any(0)
 
 
-def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advantage=5.0):
+def policy_loss(log_prob, old_log_prob, advantages, clip_range=CLIP_RANGE, max_advantage=5.0):
     """PPO's clipped loss mean(max(-A ratio, -A clip(ratio, 1 -+ clip_range))), ratio = exp(logp - logp_old).
 
     An epoch has one optimiser step, so the ratio is 1 where its gradient is taken, and what runs is REINFORCE with the
-    group's mean as baseline: the gradient is -A dlogp. The clip answers to rounding alone: in float32 `ratio_drift`
-    stays near 1e-7 and `clip_fraction` at 0, in bf16 both show what rounding does. The value itself, -mean(A), says
-    nothing. A counts up to +-max_advantage.
+    group's mean as baseline: the gradient is -A dlogp, the value, -mean(A), says nothing. The clip answers to rounding
+    alone: in float32 `ratio_drift` stays near 1e-7 and `clip_fraction` at 0. A counts up to +-max_advantage.
     """
     advantages = advantages.clamp(-max_advantage, max_advantage)
     ratio = (log_prob - old_log_prob).exp()
@@ -200,8 +191,8 @@ def policy_loss(log_prob, old_log_prob, advantages, clip_range=1e-5, max_advanta
 def cps_log_prob(x_next, x, v, sigma, sigma_next, eta):
     """Log-probability of a stored step, constants dropped: -mean((x' - mu)^2) over all but the batch -> [B].
 
-    There is no 1/(2 rho^2), rho = sigma' sin(eta pi/2): it would weigh the last, least noisy steps most, and the
-    published clip range and learning rates assume this scale.
+    There is no 1/(2 rho^2), rho = sigma' sin(eta pi/2): it would weigh the least noisy steps most, and the published
+    settings assume this scale.
     """
     return -(x_next.float() - cps_mean(x, v, sigma, sigma_next, eta)).square().flatten(1).mean(1)
 
@@ -215,8 +206,7 @@ def choose_steps(epoch, seed, candidates=(0, 1, 2), n=2):
 def shared_noise(prompts, step, epoch, seed, shape):
     """[B, *shape] on the CPU: one noise per prompt, the same for its whole group on whatever rank.
 
-    It takes the variance of the steps that are not trained out of the group's advantages (App. H). The start's noise
-    stays each image's own: at eta .9 the first step leaves next to nothing of it.
+    It takes the variance of untrained steps out of the advantages (App. H). At eta .9 the start's noise decides nothing.
     """
     noise = {p: torch.randn(shape, generator=seeded(seed, epoch, step, "shared", p)) for p in dict.fromkeys(prompts)}
     return torch.stack([noise[p] for p in prompts])
@@ -315,17 +305,10 @@ def reward_gradient(backbone, scorers, prompts, about, x0, margin):
     Taken at x0, so that the activations of reward models and VAE are gone before the transformer's backward begins.
     """
     x0 = x0.detach().requires_grad_()
-    R = scorers.differentiable(backbone.decode(x0), prompts, [about[prompt] for prompt in prompts])
-    loss = torch.relu(margin - R).mean()
-    return {"loss/bp": loss, "R": R.mean()}, torch.autograd.grad(loss, x0)[0]
-
-
-def pick_prompts(pairs, n, g):
-    """n (prompt, metadata) pairs with distinct texts, in random order."""
-    picked = {}
-    for i in torch.randperm(len(pairs), generator=g).tolist():
-        picked.setdefault(pairs[i][0], pairs[i])
-    return list(picked.values())[:n]
+    images = backbone.decode(x0)
+    R, slope = scorers.differentiable(images, prompts, [about[prompt] for prompt in prompts])
+    slope *= per_sample(-(R < margin).float() / len(R), slope)  # dloss/dimages = dloss/dR dR/dimages
+    return {"loss/bp": torch.relu(margin - R).mean(), "R": R.mean()}, torch.autograd.grad(images, x0, slope)[0]
 
 
 def of_one_image(gradient):
@@ -335,7 +318,10 @@ def of_one_image(gradient):
 
 def main(args):
     # set-up: run folder, prompts, rewards, networks and their adapters, optimisers
-    run, below = models.Run(args, "epochs", __file__, NO_PULL), stage_1(args.distilled, args.dm_weight)
+    run, student = models.Run(args, "epochs", __file__, NO_PULL), args.distilled / "generator_ema"
+    below = {"fake": args.distilled / "fake", "generator": student}  # role: its adapter of stage 1
+    if not args.dm_weight:  # some generator's alone: nothing asks a fake score
+        below = {"generator": student if student.is_dir() else args.distilled}
     run.pin("distilled", {role: models.fingerprint(source) for role, source in below.items()})
     models.trained_over(args.distilled, args.teacher_lora)
     if run.finished:
@@ -344,8 +330,8 @@ def main(args):
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**WEAK_TASKS)
     rewards.check_prompts(pairs, args.rewards, args.reward_dir)
     n_groups = rewards.count_groups(pairs, per_rank * run.world_size, args.group_size)
-    size = args.reward_batch_size or args.batch_size
-    scorers = rewards.load_scorers(args.rewards, run.device, args.reward_dir, size, args.offload_rewards)
+    options = args.reward_dir, args.reward_batch_size, args.offload_rewards
+    scorers = rewards.load_scorers(args.rewards, run.device, *options)
     run.heldout = rewards.HeldOut(args, run.device, scorers) if args.eval_every else None
     backbone = run.load_backbone()
     backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake", "fake_rl"), "ema": ("distilled", "rl_ema")}
@@ -387,7 +373,7 @@ def main(args):
 
         # 1) choose steps
         chosen = choose_steps(epoch, args.seed, [j for j in range(last) if args.step_weights[j]], C)
-        picked = pick_prompts(pairs, n_groups, seeded(args.seed, epoch, "prompts"))
+        picked = rewards.pick_prompts(pairs, n_groups, seeded(args.seed, epoch, "prompts"))
         prompts, metadata = zip(*(picked[i // K] for i in mine), strict=True)
         backbone.remember(prompts)  # text encoders run here, once for all micro-batches
 
@@ -439,12 +425,12 @@ def main(args):
                 for j in chosen:
                     v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
                     log_prob = cps_log_prob(x[:, j + 1], x[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
-                    loss = policy_loss(log_prob, old[:, j], A, args.clip_range)
+                    loss = policy_loss(log_prob, old[:, j], A)
                     # NOTE(paper): there steps weigh the same, and the last one's gradient is by far the largest
                     weight = args.policy_weight * args.step_weights[j]
                     (weight * share * n_images / max(1, n_signal) * loss).backward()
                     drift = ((log_prob - old[:, j]).exp() - 1).abs()
-                    values = {"loss/policy": loss, "ratio_drift": drift, "clip_fraction": drift > args.clip_range}
+                    values = {"loss/policy": loss, "ratio_drift": drift, "clip_fraction": drift > CLIP_RANGE}
                     add_to(row, {name: value.float().mean() for name, value in values.items()}, args.batches * C)
 
             # last step: gradients of the leash and of the reward at x0_hat, then the chain rule through the transformer

@@ -58,6 +58,7 @@ ABLATIONS = {
     "dmd2": ("acdmd.py", "--plain_dmd --eta 1", "DMD2"),
 }
 LENGTHS = {"quick": dict(acdmd_steps=200, rtdmd_epochs=40, n_prompts=300), "long": dict(rtdmd_epochs=1500)}
+PROCESSES = min(2, os.cpu_count() or 1)  # of each training: two of one thread use two cores better than one of two
 
 
 def parse_args(argv=None):
@@ -73,9 +74,6 @@ def parse_args(argv=None):
     p.add_argument("--acdmd_steps", type=models.at_least(1), help="iterations of stage 1 (default: acdmd.py's)")
     p.add_argument("--rtdmd_epochs", type=models.at_least(1), help="epochs of stage 2 (default: rtdmd.py's)")
     p.add_argument("--only", nargs="+", default=list(ABLATIONS), choices=ABLATIONS, help="of the ablations")
-    p.add_argument(
-        "--processes", type=int, default=min(2, os.cpu_count() or 1), choices=[1, 2], help="of each training"
-    )
     p.add_argument("--n_prompts", type=int, default=600, help="held-out prompts of the comparison")
     p.add_argument("--distilled", type=models.path, help="stage 1's final folder (default: --out/acdmd/final)")
     p.add_argument("--rl", type=models.path, help="stage 2's final folder (default: --out/rtdmd/final)")
@@ -96,33 +94,31 @@ def parse_args(argv=None):
 
 
 def run_stage(script, args, folder, *flags):
-    """Run a stage script on `--processes` processes, showing its own progress bar. The global batch stays the same.
+    """Run a stage script on PROCESSES processes, showing its own progress bar. The global batch stays the same.
 
     A folder with checkpoints is gone on with, from where it was stopped; a finished stage has nothing left to do.
     """
-    processes = args.processes
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, (os.cpu_count() or 1) // PROCESSES)
     flags = ["--seed", args.seed, *flags, "--out", folder]
     if list(folder.glob("step_*")):
         seed = json.loads((folder / "args.json").read_text())["seed"]
         if seed != args.seed:
-            raise models.UserError(
-                f"{folder} holds a run with --seed {seed}: give another --out for --seed {args.seed}"
-            )
+            more = f"give another --out for --seed {args.seed}"
+            raise models.UserError(f"{folder} holds a run with --seed {seed}: {more}")
         flags += ["--resume", folder]
     if script == "acdmd.py":
         flags += ["--steps", args.acdmd_steps] if args.acdmd_steps else []
         for name in ("batch_size", "consistency_batch"):
-            flags += [f"--{name}", acdmd.PRESETS["classroom"][name] // processes]
+            flags += [f"--{name}", acdmd.PRESETS["classroom"][name] // PROCESSES]
     else:
         flags += ["--epochs", args.rtdmd_epochs] if args.rtdmd_epochs else []
         flags += ["--distilled", args.distilled]
-        flags += ["--batches", rtdmd.PRESETS["classroom"]["batches"] // processes]
+        flags += ["--batches", rtdmd.PRESETS["classroom"]["batches"] // PROCESSES]
     command = [sys.executable]
-    if processes > 1:  # two processes of one thread use two cores better than one process of two threads
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if PROCESSES > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
     command += [str(ROOT / script), "--device", "cpu", *map(str, flags)]
-    shown = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
+    shown = f"torchrun --nproc_per_node={PROCESSES}" if PROCESSES > 1 else "python"
     print(f"\n$ {shown} {script} --device cpu " + " ".join(map(str, flags)), flush=True)
     stage, stopped = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}), []
     before = signal.signal(signal.SIGTERM, lambda *_: stopped.append(1) or stage.terminate())  # passed on: it saves
@@ -158,7 +154,7 @@ def evaluate(scorers, metadata, real, name, nfe, draw):
     spread = torch.stack([torch.pdist(g).mean() / math.sqrt(g.shape[1]) for g in groups]).mean().item()
     row = {"name": name, "nfe": nfe, "ms": ms, "spread": spread, "scores": scores, "images": images}
     row |= distribution(scorers, images, metadata)
-    return row | {"distances": distances(row, real).tolist()}
+    return row | {"distances": distances(row, real)}
 
 
 def sampler(backbone, name, role, sigmas, eta=0.9, guidance_scale=1.0):
@@ -227,8 +223,7 @@ def difference(a, b, column, real):
 def score_table(rows, metadata, real):
     """Lines of a markdown table, one row a sampler."""
     tags = np.array([m["tag"] for m in metadata])
-    head = ["sampler", "NFE", *HEAD, *DISTANCES, *shapes.TASKS, "diversity", "ms/image"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    table = [["sampler", "NFE", *HEAD, *DISTANCES, *shapes.TASKS, "diversity", "ms/image"]]
     for row in rows:
         cells = [row["name"], str(row["nfe"])]
         means = [difference(row, None, c, real) for c in COLUMNS]
@@ -236,26 +231,29 @@ def score_table(rows, metadata, real):
         gaps = distance_difference(row, None, real)
         cells += [f"{d:.{k}f} ± {e:.{k}f}" for d, e, k in zip(*gaps, (2, 3, 3), strict=True)]
         cells += [f"{row['scores']['geneval_strict'][tags == t].mean():.2f}" for t in shapes.TASKS]
-        cells += [f"{row['spread']:.3f}", f"{row['ms']:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        table.append([*cells, f"{row['spread']:.3f}", f"{row['ms']:.1f}"])
+    return markdown(table)
 
 
 def difference_table(pairs, real):
     """Lines of a markdown table of paired differences. pairs: [(label, row, row to subtract)]"""
-    lines = ["| paired difference | " + " | ".join([*HEAD, *DISTANCES]) + " |", "|" + "---|" * 7]
+    table = [["paired difference", *HEAD, *DISTANCES]]
     for label, a, b in pairs:
         gaps = [difference(a, b, c, real) for c in COLUMNS] + list(zip(*distance_difference(a, b, real), strict=True))
-        lines.append(f"| {label} | " + " | ".join(f"{m:+.3f} ± {e:.3f}" for m, e in gaps) + " |")
-    return lines
+        table.append([label, *(f"{mean:+.3f} ± {error:.3f}" for mean, error in gaps)])
+    return markdown(table)
+
+
+def markdown(table):
+    """Lines of a table, of which the first row is the head."""
+    head, *rows = ("| " + " | ".join(row) + " |" for row in table)
+    return [head, "|" + "---|" * len(table[0]), *rows]
 
 
 def write_table(path, lines, rows):
     """path.md, the lines; path.json, every prompt's scores."""
     flat = [{k: row[k] for k in ("name", "nfe", "ms", "spread", "distances", "scores")} for row in rows]
-    for row in flat:
-        row["scores"] = {c: v.tolist() for c, v in row["scores"].items()}
-    path.with_suffix(".json").write_text(json.dumps(flat) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(flat, default=np.ndarray.tolist) + "\n")
     text = "\n".join(lines) + "\n"
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     print("\n" + text)
@@ -284,9 +282,8 @@ def shown(by_name, real, log):
     lines += [f"{over:+.3f} ± {over_error:.3f} against the guided teacher's {by_name[TEACHER]['nfe']}."]
     if log.is_file():
         first, last, error = rising(log)
-        lines += [
-            f"The training reward (strict) went from {first:.3f} to {last:.3f} (fifths; difference ± {error:.3f})."
-        ]
+        went = f"from {first:.3f} to {last:.3f} (fifths; difference ± {error:.3f})"
+        lines += [f"The training reward (strict) went {went}."]
         lines += ["How much of that the rewards do: `--stages ablations`, whose control has none."]
     return lines
 
@@ -314,8 +311,7 @@ def draw_samples(rows, metadata, path, n=12, columns=6, zoom=2):
     ink = ImageDraw.Draw(sheet)
     for i in range(n):
         x, y = left + i % columns * side, i // columns * band
-        words, half = metadata[i]["prompt"].split(), (len(metadata[i]["prompt"].split()) + 1) // 2
-        ink.multiline_text((x + 2, y + 6), " ".join(words[:half]) + "\n" + " ".join(words[half:]), "black")
+        ink.multiline_text((x + 2, y + 6), two_lines(metadata[i]["prompt"]), "black")
         for j, row in enumerate(rows):
             at = x, y + top + j * side
             sheet.paste(enlarged(row["images"][i], zoom), at)
@@ -326,10 +322,16 @@ def draw_samples(rows, metadata, path, n=12, columns=6, zoom=2):
     sheet.save(path)
 
 
+def two_lines(prompt):
+    words = prompt.split()
+    half = (len(words) + 1) // 2
+    return " ".join(words[:half]) + "\n" + " ".join(words[half:])
+
+
 def enlarged(image, zoom):
     """[3, H, W] in [0, 1] as a PIL picture."""
-    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels).resize((pixels.shape[1] * zoom, pixels.shape[0] * zoom), Image.Resampling.NEAREST)
+    picture = Image.fromarray(rewards.eight_bits(image[None])[0])
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
 @torch.no_grad()
@@ -349,9 +351,7 @@ def draw_steps(backbone, roles, metadata, path, n=6, zoom=2):
             ink.text((4, 4), f"step {j + 1} of {len(frames)}", "black")
             ink.text((4, top + row * side + 56), name, "black")
             for i, image in enumerate(images):
-                words = prompts[i].split()
-                text = " ".join(words[: (len(words) + 1) // 2]) + "\n" + " ".join(words[(len(words) + 1) // 2 :])
-                ink.multiline_text((left + i * side + 2, 6), text, "black")
+                ink.multiline_text((left + i * side + 2, 6), two_lines(prompts[i]), "black")
                 frame.paste(enlarged(image, zoom), (left + i * side, top + row * side))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=[700, 700, 700, 2500], loop=0)
 
@@ -488,9 +488,8 @@ def ablations(args):
     rows = [evaluate(scorers, metadata, real, *columns) for columns in samplers]
     lines = [f"# Without a part of the method: {len(metadata)} held-out prompts, same seeds", ""]
     lines += score_table(rows, metadata, real)
-    by_name, pairs = {row["name"]: row for row in rows}, []
-    for full, name, flags in labels(args.only):
-        pairs.append((f"{name} `{flags}`", by_name[name], by_name[full]))
+    by_name = {row["name"]: row for row in rows}
+    pairs = [(f"{name} `{flags}`", by_name[name], by_name[full]) for full, name, flags in labels(args.only)]
     lines += ["", "Without the part, minus the full method; one training run each:", ""]
     write_table(args.out / "ablations", [*lines, *difference_table(pairs, real)], rows)
     return ["ablations.md"]
@@ -513,9 +512,8 @@ def summary(args):
     for run in args.runs:
         missing = [name for name in ("report.json", "ablations.json") if not (run / name).is_file()]
         if missing:
-            raise models.UserError(
-                f"--runs {run} has no {missing[0]}: run demo.py --out {run}, then --stages ablations"
-            )
+            how = f"run demo.py --out {run}, then --stages ablations"
+            raise models.UserError(f"--runs {run} has no {missing[0]}: {how}")
         rows = [row for name in ("report", "ablations") for row in json.loads((run / f"{name}.json").read_text())]
         runs.append({row["name"]: row for row in rows})
     common = [name for name in runs[0] if all(name in run for run in runs)]
@@ -523,14 +521,11 @@ def summary(args):
     draws = resamples(metadata, 500)
     head = ["sampler", "GenEval strict", "CLIPScore", *DISTANCES]
     lines = [f"# Means of {len(runs)} runs: " + ", ".join(map(str, args.runs)), ""]
-    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name in common:
-        lines.append(f"| {name} | " + " | ".join(over_runs(runs, name, None, draws)) + " |")
+    lines += markdown([head, *([name, *over_runs(runs, name, None, draws)] for name in common)])
     pairs = [("RTDMD", "AC-DMD"), ("RTDMD", TEACHER), ("AC-DMD", DMD2)]
     pairs += [(name, full) for full, name, _ in labels(ABLATIONS) if name in common]
-    lines += ["", "| paired difference | " + " | ".join(head[1:]) + " |", "|---" * len(head) + "|"]
-    for a, b in pairs:
-        lines.append(f"| {a} − {b} | " + " | ".join(over_runs(runs, a, b, draws)) + " |")
+    gaps = [[f"{a} − {b}", *over_runs(runs, a, b, draws)] for a, b in pairs]
+    lines += ["", *markdown([["paired difference", *head[1:]], *gaps])]
     lines += ["", "±: standard errors over runs and, of GenEval and CLIPScore, over captions, added as squares."]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -542,9 +537,8 @@ def over_runs(runs, a, b, draws):
     """Cells "mean ± error" of row a, less row b of the same run where there is one."""
     cells, sign = [], "+" if b else ""
     for column in ("geneval_strict", "clipscore"):
-        gaps = np.array(
-            [np.array(r[a]["scores"][column]) - (np.array(r[b]["scores"][column]) if b else 0) for r in runs]
-        )
+        scores = lambda run, name, column=column: np.array(run[name]["scores"][column])  # noqa: E731
+        gaps = np.array([scores(run, a) - (scores(run, b) if b else 0) for run in runs])
         over_captions = np.std([gaps.mean(0)[picks].mean() for picks in draws])
         cells.append((gaps.mean(), math.hypot(error_of_mean(gaps.mean(1)), over_captions)))
     gaps = np.array([np.array(r[a]["distances"]) - (np.array(r[b]["distances"]) if b else 0) for r in runs])
@@ -606,9 +600,8 @@ def main(args):
         run_stage("acdmd.py", args, args.out / "acdmd")
         if {"rtdmd", "report"} <= set(args.stages) and not args.rl.is_dir():  # see stage 1's result now
             files, rows = report(args)
-            print(
-                f"{args.out}/{', '.join(files)} after {(time.perf_counter() - start) / 60:.1f} minutes; stage 2 follows"
-            )
+            minutes = (time.perf_counter() - start) / 60
+            print(f"{args.out}/{', '.join(files)} after {minutes:.1f} minutes; stage 2 follows")
     if "rtdmd" in args.stages:
         run_stage("rtdmd.py", args, args.out / "rtdmd")
     files = report(args, rows)[0] if "report" in args.stages else []

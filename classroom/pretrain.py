@@ -26,26 +26,18 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from tqdm import tqdm
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-)
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that `python classroom/pretrain.py` finds the package it lives in
 import models  # noqa: E402
+import rewards  # noqa: E402
 from classroom import shapes  # noqa: E402
-from models import at_least  # noqa: E402
+from models import at_least, step_optimizer  # noqa: E402
 
 MAX_TOKENS = 14  # start token + at most 8 words + end token, and a tail of at least 4 that `parse_of` gives a use
 
@@ -66,11 +58,7 @@ def parse_args(argv=None):
 def batch_of(n, rng, draw=shapes.scene, **task_weights):
     """n captioned pictures: (metadata list, images float [n, 3, 64, 64] in [0, 1])."""
     metadata = shapes.sample_prompts(n, rng.integers(2**31), task_weights=task_weights)
-    return metadata, to_tensor(shapes.render([draw(m, rng) for m in metadata], rng))
-
-
-def to_tensor(images):
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return metadata, shapes.drawn([draw(m, rng) for m in metadata], rng)
 
 
 def cosine(step, steps, warmup=20):
@@ -102,16 +90,13 @@ def train_vae(args):
     for step in bar:
         scenes = [shapes.dense_scene(rng) for _ in range(16)]
         scenes += [shapes.scene(m, rng) for m in shapes.sample_prompts(16, rng.integers(2**31))]
-        x = (to_tensor(shapes.render(scenes, rng)) * 2 - 1).contiguous(memory_format=torch.channels_last)
+        x = (shapes.drawn(scenes, rng) * 2 - 1).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         loss = F.mse_loss(y, x) + 0.2 * F.l1_loss(y, x) + 2e-5 * kl
-        optimizer.param_groups[0]["lr"] = 3e-3 * cosine(step, args.vae_steps)
-        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        step_optimizer(optimizer, cosine(step, args.vae_steps), world_size=1)
         if step % 20 == 0:
             bar.set_postfix(mse=f"{F.mse_loss(y, x).item():.4f}", kl=f"{kl.item():.2f}")
     with torch.no_grad():  # scale and shift: latents of unit variance, SD3's convention z = (mean - shift) * scale
@@ -127,10 +112,8 @@ def train_vae(args):
 
 def strict(images, metadata):
     """Share of pictures [B, 3, 64, 64] in [0, 1] that show what the caption asks for: [B] of 0 and 1."""
-    from rewards import geneval_check
-
-    pixels = (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return np.array([geneval_check(d, m)["strict"] for d, m in zip(shapes.detect(pixels), metadata, strict=True)])
+    found = shapes.detect(rewards.eight_bits(images))
+    return np.array([rewards.geneval_check(d, m)["strict"] for d, m in zip(found, metadata, strict=True)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -147,7 +130,7 @@ def build_tokenizer():
     merges = [tuple(pair) for pair in json.loads(words.to_str())["model"]["merges"]]
     vocab = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges]
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*vocab, "<|startoftext|>", "<|endoftext|>"]))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def tokenize(tokenizer, prompts):
@@ -188,20 +171,11 @@ def train_clip(args):
     rng = np.random.default_rng(args.seed + 1)
     tokenizer = build_tokenizer()
     tower = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
-    ids = dict(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    clip = CLIPModel(
-        CLIPConfig(
-            text_config={**tower, **ids, "projection_dim": 64},
-            vision_config={**tower, "image_size": shapes.SIZE, "patch_size": shapes.CELL, "projection_dim": 64},
-            projection_dim=64,
-        )
-    )
+    words = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    words |= dict(vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS, projection_dim=64)
+    pixels = dict(image_size=shapes.SIZE, patch_size=shapes.CELL, projection_dim=64)
+    towers = dict(text_config=tower | words, vision_config=tower | pixels)
+    clip = transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=64))
     heads = torch.nn.ModuleDict({name: torch.nn.Linear(128, n) for name, n in (("whole", 33), ("side", 11))})
     parameters = [*clip.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
@@ -212,28 +186,25 @@ def train_clip(args):
         tokens = tokenize(tokenizer, [m["prompt"] for m in metadata])
         text = clip.text_model(input_ids=tokens, output_hidden_states=True)
         text_embeds = F.normalize(clip.text_projection(text.pooler_output), dim=-1)
-        image_embeds = F.normalize(clip.get_image_features(normalize(images)).pooler_output, dim=-1)
+        image_embeds = F.normalize(clip.get_image_features(rewards.normalize(images)).pooler_output, dim=-1)
         logits = clip.logit_scale.exp() * image_embeds @ text_embeds.T
         same = torch.tensor([[float(a["include"] == b["include"]) for b in metadata] for a in metadata])
         target = same / same.sum(1, keepdim=True)  # captions that mean the same are not each other's negatives
         contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         parse = parse_loss(heads, text.hidden_states[-2], tokens, metadata)
         loss = contrastive + 0.3 * parse
-        optimizer.param_groups[0]["lr"] = 2e-3 * cosine(step, args.clip_steps)
-        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        step_optimizer(optimizer, cosine(step, args.clip_steps), world_size=1)
         with torch.no_grad():
             clip.logit_scale.clamp_(max=math.log(30))
         if step % 20 == 0:
             bar.set_postfix(contrastive=f"{contrastive.item():.3f}", parse=f"{parse.item():.3f}")
     clip_report(clip, tokenizer, rng)
     size = {"height": shapes.SIZE, "width": shapes.SIZE}
-    processor = CLIPImageProcessor(size={"shortest_edge": shapes.SIZE}, crop_size=size)
-    CLIPProcessor(processor, tokenizer).save_pretrained(args.out / "clip")
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": shapes.SIZE}, crop_size=size)
+    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(args.out / "clip")
     save_half(clip, args.out / "clip")
-    text_encoder = CLIPTextModelWithProjection(clip.config.text_config)
+    text_encoder = transformers.CLIPTextModelWithProjection(clip.config.text_config)
     text_encoder.load_state_dict(clip.state_dict(), strict=False)
     for name, encoder in (("", text_encoder), ("_2", text_encoder), ("_3", silent_t5(len(tokenizer)))):
         tokenizer.save_pretrained(args.out / "teacher" / f"tokenizer{name}")
@@ -253,26 +224,19 @@ def silent_t5(vocab_size):
     StableDiffusion3Pipeline puts zeros where it has no T5, but such a folder loads only with text_encoder_3=None typed
     out. This stands in the gap: `from_pretrained("classroom/teacher")` works, and the text is CLIP's alone.
     """
-    model = T5EncoderModel(T5Config(vocab_size=vocab_size, d_model=256, d_kv=4, d_ff=8, num_layers=1, num_heads=1))
+    sizes = dict(d_model=256, d_kv=4, d_ff=8, num_layers=1, num_heads=1)
+    model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=vocab_size, **sizes))
     torch.nn.init.zeros_(model.encoder.final_layer_norm.weight)
     return model
-
-
-def normalize(images):
-    mean = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
-    std = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
-    return (images - mean) / std
 
 
 @torch.no_grad()
 def clip_report(clip, tokenizer, rng):
     """Cosines of true and shuffled pairs on held-out captions."""
     metadata = shapes.sample_prompts(600, 7, "heldout")
-    images = to_tensor(shapes.render([shapes.scene(m, rng) for m in metadata], rng))
-    text = F.normalize(
-        clip.get_text_features(tokenize(tokenizer, [m["prompt"] for m in metadata])).pooler_output, dim=-1
-    )
-    image = F.normalize(clip.get_image_features(normalize(images)).pooler_output, dim=-1)
+    images, tokens = shapes.pictures(metadata, rng), tokenize(tokenizer, [m["prompt"] for m in metadata])
+    text = F.normalize(clip.get_text_features(tokens).pooler_output, dim=-1)
+    image = F.normalize(clip.get_image_features(rewards.normalize(images)).pooler_output, dim=-1)
     cosines = image @ text.T
     different = torch.tensor([[a["include"] != b["include"] for b in metadata] for a in metadata])
     true = cosines.diagonal()
@@ -321,15 +285,12 @@ def encode_data(args, rng, n, draw):
     """n latents [N, 4, 8, 8], caption index [N], and the embeddings of every training caption (the last row: "")."""
     folder = args.out / "teacher"
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
-    towers = [
-        CLIPTextModelWithProjection.from_pretrained(folder / f"text_encoder{n}", dtype=torch.float32)
-        for n in ("", "_2")
-    ]
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tower = transformers.CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
     prompts = [m["prompt"] for t in shapes.TASKS for m in shapes.captions(t, "train")] + [""]
-    outputs = [tower(tokenize(tokenizer, prompts), output_hidden_states=True) for tower in towers]
-    embeds = torch.cat([o.hidden_states[-2] for o in outputs], -1)  # what StableDiffusion3Pipeline.encode_prompt makes
-    pooled = torch.cat([o.text_embeds for o in outputs], -1)
+    out = tower(tokenize(tokenizer, prompts), output_hidden_states=True)
+    # as StableDiffusion3Pipeline.encode_prompt: of both its CLIPs, which are the same here
+    embeds, pooled = torch.cat([out.hidden_states[-2]] * 2, -1), torch.cat([out.text_embeds] * 2, -1)
     latents, index = [], []
     row = {prompt: i for i, prompt in enumerate(prompts)}
     for _ in tqdm(range(-(-n // 500)), "encode"):
@@ -360,14 +321,13 @@ def train_teacher(args, rank, world_size):
     n = args.n_latents // world_size // 2
     # first captions tell the truth, so that all words are learned; then they are unreliable
     halves = [encode_data(args, rng, n, draw) for draw in (shapes.scene, shapes.unreliable_scene)]
-    matrices = [
-        p for n, p in model.named_parameters() if n.startswith("transformer_blocks") and p.ndim == 2 and "norm" not in n
-    ]
+    matrices = [p for n, p in model.transformer_blocks.named_parameters() if p.ndim == 2 and "norm" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     muon = Muon(matrices)
     adam = torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    ema = [p.detach().clone() for p in model.parameters()]
+    average = [p.detach().clone() for p in model.parameters()]
+    ema = models.EMA(model.parameters(), average, 0.998, warmup=True)
     g = torch.Generator().manual_seed(args.seed * 1000 + rank)
     batch, falling, told = 96 // world_size, int(0.45 * args.teacher_steps), int(0.65 * args.teacher_steps)
     bar = tqdm(range(args.teacher_steps), "teacher", disable=rank > 0)
@@ -383,45 +343,35 @@ def train_teacher(args, rank, world_size):
         u = torch.where(torch.rand(len(pick), generator=g) < 0.2, torch.rand(len(pick), generator=g), u)
         sigma = 2.5 * u / (1 + 1.5 * u)
         noise = torch.randn(x0.shape, generator=g)
-        x = (1 - sigma.view(-1, 1, 1, 1)) * x0 + sigma.view(-1, 1, 1, 1) * noise
+        s = models.per_sample(sigma, x0)
+        x = (1 - s) * x0 + s * noise
         v = model(
             hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=context, pooled_projections=pooled[text]
         ).sample
         loss = F.mse_loss(v, noise - x0)
         model.zero_grad()
         loss.backward()
-        if world_size > 1:
-            flat = torch.cat(
-                [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()]
-            )
-            torch.distributed.all_reduce(flat)
-            for p, grad in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
-                p.grad = grad.view_as(p) / world_size
-        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        models.average_gradients(list(model.parameters()), world_size)
         scale = min(1, (step + 1) / 50) * min(1, (args.teacher_steps - step) / falling)
-        adam.param_groups[0]["lr"] = 2e-3 * scale
-        muon.step(0.02 * scale), adam.step()
-        torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - min(0.998, (1 + step) / (10 + step)))
+        muon.step(0.02 * scale)
+        step_optimizer(adam, scale, world_size=1)  # they are averaged
+        ema.update(step)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
         last = step + 1 == args.teacher_steps
         if rank == 0 and (last or (step + 1) % 500 == 0):
-            save_teacher(model, ema, args.out / "teacher", args.n_prompts if last else 120)
+            save_teacher(model.config, average, args.out / "teacher", args.n_prompts if last else 120)
 
 
-def save_teacher(model, ema, folder, n_prompts):
+def save_teacher(config, average, folder, n_prompts):
     """Write the pipeline folder with the averaged weights, then score the pipeline as a user would load it."""
-    current = [p.detach().clone() for p in model.parameters()]
-    torch._foreach_copy_([p.data for p in model.parameters()], ema)
-    half = SD3Transformer2DModel.from_config(model.config).half()
-    half.load_state_dict(model.state_dict())
-    torch._foreach_copy_([p.data for p in model.parameters()], current)
+    half = SD3Transformer2DModel.from_config(config).half()
+    torch._foreach_copy_([p.data for p in half.parameters()], average)
     half.save_pretrained(folder / "transformer")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.save_pretrained(folder / "scheduler")
-    clip, t5, tokenizer = (
-        ["transformers", n] for n in ("CLIPTextModelWithProjection", "T5EncoderModel", "CLIPTokenizer")
-    )
+    names = "CLIPTextModelWithProjection", "T5EncoderModel", "CLIPTokenizer"
+    clip, t5, tokenizer = (["transformers", name] for name in names)
     index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": diffusers.__version__}
     index |= {"scheduler": ["diffusers", type(scheduler).__name__], "vae": ["diffusers", "AutoencoderKL"]}
     index |= {"transformer": ["diffusers", type(half).__name__]}
@@ -432,7 +382,7 @@ def save_teacher(model, ema, folder, n_prompts):
     pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     metadata = shapes.sample_prompts(n_prompts, 11, "heldout")
-    images, start = [], time.time()
+    images = []
     for i in range(0, n_prompts, 60):
         prompts = [m["prompt"] for m in metadata[i : i + 60]]
         g = torch.Generator().manual_seed(i)
@@ -441,12 +391,8 @@ def save_teacher(model, ema, folder, n_prompts):
     hits = strict(torch.cat(images), metadata)
     tags = np.array([m["tag"] for m in metadata])
     table = "  ".join(f"{t} {hits[tags == t].mean():.2f}" for t in shapes.TASKS)
-    error = hits.std() / math.sqrt(len(hits))
-    print(
-        f"\nteacher, 28 guided steps, {n_prompts} held-out: strict {hits.mean():.3f} +- {error:.3f} | {table}"
-        f" | {time.time() - start:.0f} s",
-        flush=True,
-    )
+    score = f"{hits.mean():.3f} +- {hits.std() / math.sqrt(len(hits)):.3f}"
+    print(f"\nteacher, 28 guided steps, {n_prompts} held-out: strict {score} | {table}", flush=True)
 
 
 def main(args):

@@ -45,8 +45,7 @@ def _need(shape, count=1, **more):
 
 def _all_captions(task):
     """All captions of one task type as GenEval metadata: {"tag", "include", ["exclude"], "prompt"}."""
-    pairs = list(permutations(SHAPES, 2))
-    hues = list(permutations(COLORS, 2))
+    pairs, hues = list(permutations(SHAPES, 2)), list(permutations(COLORS, 2))
     if task == "single_object":
         rows = [(f"{article} {s}", [_need(s)]) for article in ("a", "one", "a single", "just a") for s in SHAPES]
     elif task == "two_object":
@@ -72,11 +71,9 @@ def _all_captions(task):
             rel = list(RELATIONS)[(i + i // len(pairs)) % 4]  # every pair of colours meets every relation
             include = [_need(b, color=d), _need(a, color=c, position=[rel, 0])]
             rows.append((f"a {c} {a} {rel} a {d} {b}", include))
-    else:
-        raise ValueError(f"unknown task {task!r}; allowed: {', '.join(TASKS)}")
     metadata = [{"tag": task, "include": include, "prompt": prompt} for prompt, include in rows]
-    for m in metadata:
-        if task == "counting":
+    if task == "counting":
+        for m in metadata:
             m["exclude"] = [_need(m["include"][0]["class"], m["include"][0]["count"] + 1)]
     return metadata
 
@@ -213,13 +210,17 @@ def render(scenes, rng):
     return images.round().astype(np.uint8)
 
 
-def pictures(metadata, seed):
-    """A freshly drawn picture of each caption, float32 tensor [N, 3, 64, 64] in [0, 1]: what a model should sample."""
+def drawn(scenes, rng):
+    """`render` as a float32 tensor [N, 3, 64, 64] in [0, 1]."""
     import torch
 
+    return torch.from_numpy(render(scenes, rng)).permute(0, 3, 1, 2).float() / 255
+
+
+def pictures(metadata, seed):
+    """A freshly drawn picture of each caption, by `drawn`: what a model should sample. seed: or a generator."""
     rng = np.random.default_rng(seed)
-    drawn = render([scene(m, rng) for m in metadata], rng)
-    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
+    return drawn([scene(m, rng) for m in metadata], rng)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def steps_of(backbone, optimizers, n, one, sigmas, scorers=None):
         v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
         loss_ac = acdmd.fake_score_loss(v_fake, target, sigma_ts)
         point = x_t, sigma_t, v_fake
-        loss_cons = acdmd.consistency(backbone, cond, point, noise[:n_cons], one.eta, one.delta_max)
+        loss_cons = acdmd.consistency(backbone, cond, point, noise[:n_cons], one.eta)
         (loss_ac + one.gamma * loss_cons).backward()
         models.step_optimizer(optimizers["fake"], 1.0, 1)
 
@@ -341,7 +341,7 @@ class Transient:
 
     def differentiable(self, images, prompts, about):
         images.new_empty(len(images) * self.size // images.element_size())
-        return images.mean((1, 2, 3))
+        return images.mean((1, 2, 3)), torch.ones_like(images) / images[0].numel()
 
 
 @functools.cache

@@ -161,8 +161,7 @@ def measure(scorers, images, prompts, metadata, gradient, repeat):
     def call():
         if not gradient:
             return scorers.score(images, prompts, metadata)
-        pixels = images.clone().requires_grad_()
-        scorers.differentiable(pixels, prompts).sum().backward()
+        scorers.differentiable(images, prompts)
 
     call()
     if cuda:

@@ -121,7 +121,7 @@ class Signal:
         """{term: its gradient [P] of one epoch, weighed as in the loss}."""
         args, K, last = self.args, self.args.group_size, len(self.sigmas) - 2
         chosen = rtdmd.choose_steps(epoch, args.seed, [j for j in range(last) if args.step_weights[j]], args.n_chosen)
-        picked = rtdmd.pick_prompts(self.pairs, n_images // K, models.seeded(args.seed, epoch, "prompts"))
+        picked = rewards.pick_prompts(self.pairs, n_images // K, models.seeded(args.seed, epoch, "prompts"))
         prompts = [picked[i // K] for i in range(n_images)]
         states, old, scores = self.draw(epoch, prompts, chosen)
         grouped = {name: r.view(-1, K) for name, r in scores.items()}
@@ -138,7 +138,7 @@ class Signal:
                 _, cond, x = inputs(rows)
                 v = self.backbone.velocity("generator", x[:, j], self.sigmas[j], cond)
                 step = x[:, j + 1], x[:, j], v, self.sigmas[j], self.sigmas[j + 1], args.eta
-                loss = rtdmd.policy_loss(rtdmd.cps_log_prob(*step), old[rows, j], advantages[rows], args.clip_range)
+                loss = rtdmd.policy_loss(rtdmd.cps_log_prob(*step), old[rows, j], advantages[rows])
                 (args.policy_weight * args.step_weights[j] * share / (args.n_chosen + 1) * loss).backward()
 
             found[f"policy, step to {self.sigmas[j + 1]:.2f}"] = self.gradient(policy, n_images)
@@ -200,7 +200,7 @@ def main(args):
         images = f"{needed(n_images, share):.0f}" if share > 0 else "not seen"
         print(f"| {term} | {norm:.1e} | {share:+.4f} | {images} |")
     tasks = {}
-    for pair in rtdmd.pick_prompts(signal.pairs, len(signal.pairs), models.seeded(args.seed, "which step decides")):
+    for pair in rewards.pick_prompts(signal.pairs, len(signal.pairs), models.seeded(args.seed, "which step decides")):
         tasks.setdefault(pair[1].get("tag", "all"), []).append(pair)
     pairs = [pair for of_task in tasks.values() for pair in of_task[:CAPTIONS]]
     print_deciding(signal, pairs, [pair[1].get("tag", "all") for pair in pairs])

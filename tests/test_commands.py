@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-import rewards
+from classroom.prompts import geneval_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", *(ROOT / "classroom" / name for name in ("README.md", "RECORDS.md"))]
 READMES += sorted((ROOT / "docs").glob("*.md"))
-SCRIPTS = "acdmd.py rtdmd.py sample.py rewards.py classroom/demo.py classroom/pretrain.py tests/bench.py".split()
-SCRIPTS += ["tests/bench_rewards.py"]
+SCRIPTS = "acdmd.py rtdmd.py sample.py classroom/demo.py classroom/pretrain.py classroom/prompts.py".split()
+SCRIPTS += ["tests/bench.py", "tests/bench_rewards.py"]
 
 SMALL = "--batch_size 2 --consistency_batch 1 --sample_every 0 --eval_every 0 "
 PARSE = "its arguments are read, no more"
@@ -42,7 +42,7 @@ TABLE = {  # pattern of a command -> flags that make it small (the last of two a
     r"python rtdmd\.py --distilled": SMALL + "--epochs 1 --batches 1 --group_size 2 --out out/rtdmd",
     r"python sample\.py .*--export": "",
     r"python sample\.py": "--n_images 1",
-    r"python rewards\.py": "--n 6",
+    r"python classroom/prompts\.py": "--n 6",
 }
 PLACES = {".../": "out/classroom/", " DIR": " out/sd35/acdmd/final"}  # what a docstring leaves open
 
@@ -78,7 +78,7 @@ def checkout(tmp_path, monkeypatch):
     for path in ROOT.iterdir():
         if path.name not in ("out", ".git"):
             (tmp_path / path.name).symlink_to(path)
-    rows = "".join(json.dumps(row) + "\n" for row in rewards.geneval_prompts(3))
+    rows = "".join(json.dumps(row) + "\n" for row in geneval_prompts(3))
     (tmp_path / "evaluation_metadata.jsonl").write_text(rows)
     for run in ("classroom/acdmd", "classroom/rtdmd", "sd35/acdmd", "mine/acdmd", "mine/rtdmd", "sana/acdmd"):
         shutil.copytree(ROOT / "classroom/adapters" / Path(run).name, tmp_path / "out" / run / "final")

@@ -444,7 +444,7 @@ def test_whole_fake_loss_of_both_stages_is_equal_at_s_0(backbone):
     v = backbone.velocity("fake", x_t, sigma_t, cond)
     one = acdmd.fake_score_loss(v, target, sigma_ts)
     torch.testing.assert_close(one, rtdmd.fake_score_loss(v, x0, noise.normal("z"), sigma_t), atol=1e-6, rtol=1e-5)
-    one = acdmd.consistency(backbone, cond, (x_t, sigma_t, v), noise[:2], 0.9, rtdmd.DELTA_MAX)
+    one = acdmd.consistency(backbone, cond, (x_t, sigma_t, v), noise[:2], 0.9)
     two = rtdmd.consistency(backbone, cond, (x_t, sigma_t, v), noise[:2], 0.9)
     torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
     assert one != 0
@@ -471,12 +471,12 @@ def test_presets_equal_the_published_table(monkeypatch, tmp_path):
     for model, (guidance, group_size, batch_size, resolution) in table.items():
         one = acdmd.parse_args(["--model", model, "--prompts", "p.txt"])
         assert (one.lr, one.lr_fake, one.batch_size, one.guidance_scale) == (3e-5, 3e-5, 9, guidance)
-        assert (one.eta, one.gamma, one.delta_max, one.fake_update_ratio, one.rank) == (0.9, 0.01, 200, 10, 32)
+        assert (one.eta, one.gamma, acdmd.DELTA_MAX, one.fake_update_ratio, one.rank) == (0.9, 0.01, 200, 10, 32)
         flags = ["--model", model, "--prompts", "p.txt", "--distilled", str(tmp_path), "--rewards", "clipscore"]
         two = rtdmd.parse_args(flags)
         assert (two.lr, two.lr_fake, two.init_std, two.guidance_scale) == (3e-6, 3e-5, 1.0, guidance)
         assert (two.group_size, two.batch_size, two.batches) == (group_size, batch_size, 16)
-        assert (two.n_chosen, two.clip_range, two.ema_every) == (2, 1e-5, 8)
+        assert (two.n_chosen, rtdmd.CLIP_RANGE, two.ema_every) == (2, 1e-5, 8)
         assert (two.dm_weight, two.bp_weight, two.reward_margin) == (1e-3, 1e-4, 3.0)
         assert models.BACKBONES[model]["resolution"] == resolution
 

@@ -66,10 +66,10 @@ TARGET = """
 
 
 def test_the_gradient_sees_the_metadata_of_the_file(write, tmp_path):
-    own, images = write("own.py", TARGET), torch.full((2, 3, 8, 8), 0.5, requires_grad=True)
+    own, images = write("own.py", TARGET), torch.full((2, 3, 8, 8), 0.5)
     scorers = rewards.load_scorers(rewards.parse_weights(f"{own}:target"))
-    scorers.differentiable(images, ["a", "b"], [{"brightness": 0.1}, {"brightness": 0.9}]).sum().backward()
-    assert images.grad[0].mean() < 0 < images.grad[1].mean()
+    _, slope = scorers.differentiable(images, ["a", "b"], [{"brightness": 0.1}, {"brightness": 0.9}])
+    assert slope[0].mean() < 0 < slope[1].mean()
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a circle", "brightness": 0.9}\n')
     row = trained(tmp_path / "run", f"{own}:target", "--prompts", tmp_path / "prompts.jsonl", "--epochs", 1)[0]
     assert row["R"] == pytest.approx(row["reward/target"], abs=0.01)
