@@ -206,7 +206,7 @@ def choose_steps(epoch, seed, candidates=(0, 1, 2), n=2):
 def shared_noise(prompts, step, epoch, seed, shape):
     """[B, *shape] on the CPU: one noise per prompt, the same for its whole group on whatever rank.
 
-    It takes the variance of untrained steps out of the advantages (App. H). At eta .9 the start's noise decides nothing.
+    It takes the variance of untrained steps out of the advantages (App. H). The start's noise decides nothing.
     """
     noise = {p: torch.randn(shape, generator=seeded(seed, epoch, step, "shared", p)) for p in dict.fromkeys(prompts)}
     return torch.stack([noise[p] for p in prompts])
