@@ -89,9 +89,9 @@ def renoise(x_s, sigma_s, sigma_t, z):
 
         x_t = a x_s + sigma_ts z,    a = (1-t)/(1-s),    sigma_ts^2 = t^2 - a^2 s^2
 
-    Why v* (App. D). x_s is itself noisy, so v = eps - x0 is unknown. But v is the score times a number plus x_t times
-    one, and a regression's target needs only the right mean: one sample of the score, -z / sigma_ts, stands in its
-    place, and E[v* | x_t] is v at x_t.
+    Why v* (App. D). x_s is itself noisy, so v = eps - x0 is unknown. But given x_t, v is linear in the score (2), and a
+    regression's target needs only the right mean: one sample of the score, -z / sigma_ts, stands in its place, and
+    E[v* | x_t] is v at x_t.
       1. x_t given x_s is Gaussian, so the score of p(x_t) is E[-z / sigma_ts | x_t]   (score through x_s).
       2. Rectified flow ties score and velocity: v = -(x_t + t score) / (1-t).
       3. The sample of 1 in 2, x_t = a x_s + sigma_ts z:   v* = -x_s/(1-s) + z (t/sigma_ts - sigma_ts) / (1-t).

@@ -203,14 +203,14 @@ def prepare_for_lora(transformer, targets, device=None):
     transformer.requires_grad_(False)
     transformer.lora_switch = SimpleNamespace(active=(), known=[], device=device)
     linears = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
-    if none := [target for target in targets if not any(path.endswith("." + target) for path in linears)]:
-        raise UserError(f"no linear layer of {type(transformer).__name__} ends in {', '.join(none)}: see lora_targets")
-    for path in linears:
-        if any(path.endswith("." + target) for target in targets):
-            parent, _, leaf = path.rpartition(".")
-            parent = transformer.get_submodule(parent)
-            base = parent.get_submodule(leaf)
-            setattr(parent, leaf, LoRALinear(base, transformer.lora_switch))
+    taken = [path for path in linears if any(path.endswith("." + target) for target in targets)]
+    if not taken:
+        raise UserError(f"no linear layer of {type(transformer).__name__} ends in one of {', '.join(targets)}")
+    for path in taken:
+        parent, _, leaf = path.rpartition(".")
+        parent = transformer.get_submodule(parent)
+        base = parent.get_submodule(leaf)
+        setattr(parent, leaf, LoRALinear(base, transformer.lora_switch))
 
 
 def add_adapter(transformer, name, rank=32, *, init_std=None, generator=None, trainable=True):
@@ -218,6 +218,7 @@ def add_adapter(transformer, name, rank=32, *, init_std=None, generator=None, tr
 
     The draws come from a CPU generator, so every rank makes the same. Returns the list of its parameters.
     """
+    assert name not in transformer.lora_switch.known, name
     for module in lora_modules(transformer).values():
         out_features, in_features = module.base.weight.shape
         A = torch.randn(rank, in_features, generator=generator) * (1 / rank if init_std is None else init_std)
@@ -451,7 +452,7 @@ class Flux1(Backbone):
         (b, c, h, w), text = x.shape, cond["encoder_hidden_states"]
         guidance = x.new_full((b,), guidance_scale) if self.embedded_guidance else None
         self.levels = [1000 * number for number in (sigma, guidance) if number is not None]
-        ids = lambda x: self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", x.dtype)  # noqa: E731
+        ids = lambda like: self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", like.dtype)  # noqa: E731
         v = network(
             hidden_states=self.pipe._pack_latents(x, b, c, h, w),
             timestep=sigma,
@@ -664,6 +665,7 @@ def shard(backbone, mode="none", offload_frozen=False):
     and again for its backward. grad: gathered once, kept until the backward is done (faster, more memory). hybrid:
     full inside a node, copies across nodes. offload_frozen: shares wait in host memory.
     """
+    assert mode in ("none", "full", "grad", "hybrid"), mode
     if mode == "none" and not offload_frozen:
         for network in backbone.networks():
             network.to(backbone.device)

@@ -200,6 +200,7 @@ class Clip(nn.Module):
         self.cache = {}  # prompt -> [D]; the text side needs no gradient
 
     def cosine(self, pixels, prompts):
+        """pixels [B, 3, size, size] -> [B]."""
         return (self.image(pixels) * self.text(prompts)).sum(-1)
 
     def image(self, pixels):
@@ -1127,7 +1128,12 @@ class Scorers:
         files = [file for file in files if file.name != "grid.png"]
         if len(files) < 2:
             raise UserError(f"--fd_reference {folder} holds {len(files)} pictures (.png, .jpg, .webp): give at least 2")
-        return np.concatenate([self.features(read_picture(file)) for file in files])
+        rows = []
+        for part in (files[i : i + 32] for i in range(0, len(files), 32)):
+            pictures = [read_picture(file) for file in part]
+            alike = len({picture.shape for picture in pictures}) == 1
+            rows += [self.features(torch.cat(pictures))] if alike else map(self.features, pictures)
+        return np.concatenate(rows)
 
     def call(self, scorer, images, prompts, metadata):
         """One scorer on one batch; an error carries its name. No autocast, and no TF32 in the forward."""
@@ -1236,7 +1242,7 @@ class HeldOut:
         values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
         summary = {f"eval/{name}": v.mean() for name, v in values.items()}
         means = {name: prompt_means([prompt for prompt, _ in self.pairs], v) for name, v in values.items()}
-        summary |= {f"eval/{name}_error": m.std() / math.sqrt(len(m)) for name, m in means.items() if len(m) > 1}
+        summary |= {f"eval/{name}_error": m.std(ddof=1) / math.sqrt(len(m)) for name, m in means.items() if len(m) > 1}
         fd = {} if self.reference is None else {"eval/fd": frechet_distance(np.stack(features), self.reference)}
         return summary | fd
 

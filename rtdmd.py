@@ -41,7 +41,7 @@ DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200
 CLIP_RANGE = 1e-5  # of the policy's ratio; paper: 1e-5
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
 # The published weights, policy 1, dm 1e-3 and bp 1e-4, are not of like terms. The policy gradient follows noise, which
-# over a batch mostly cancels; L_G pulls on all pictures alike. What counts is the norm of an epoch's gradient, which
+# over a batch mostly cancels; L_G pulls on pictures more alike. What counts is the norm of an epoch's gradient, which
 # `tests/bench.py --signal` prints: in the classroom, at weight 1, policy 1.4e-4, L_G 2.5e-3, R 1.9e-3, hence its .02.
 # With the published rewards R is about 1.5 (CLIPScore, HPSv2, PickScore / 26), and a hinge with margin 3 just means -R.
 PRESETS = {
@@ -64,7 +64,7 @@ PRESETS = {
         lr_fake=1e-3,
         lr_decay=0.5,
         init_std=1 / 32,
-        step_weights=(0.0, 2.0, 1.0),  # the first step decides no reward here, so with two to choose both others are
+        step_weights=(0.0, 2.0, 1.0),  # the first step decides no reward here, so the two others always are
         dm_weight=0.02,
         bp_weight=0.02,
         last_step_batch=12,
@@ -206,7 +206,7 @@ def choose_steps(epoch, seed, candidates=(0, 1, 2), n=2):
 def shared_noise(prompts, step, epoch, seed, shape):
     """[B, *shape] on the CPU: one noise per prompt, the same for its whole group on whatever rank.
 
-    It takes the variance of untrained steps out of the advantages (App. H). The start's noise decides nothing.
+    It takes the variance of untrained steps out of the advantages (App. H). The start's decides nothing here.
     """
     noise = {p: torch.randn(shape, generator=seeded(seed, epoch, step, "shared", p)) for p in dict.fromkeys(prompts)}
     return torch.stack([noise[p] for p in prompts])
@@ -426,7 +426,7 @@ def main(args):
                     v = backbone.velocity("generator", x[:, j], sigmas[j], cond)
                     log_prob = cps_log_prob(x[:, j + 1], x[:, j], v, sigmas[j], sigmas[j + 1], args.eta)
                     loss = policy_loss(log_prob, old[:, j], A)
-                    # NOTE(paper): there steps weigh the same, and the last one's gradient is by far the largest
+                    # NOTE(paper): there steps weigh the same; in the classroom the last one's gradient is the largest
                     weight = args.policy_weight * args.step_weights[j]
                     (weight * share * n_images / max(1, n_signal) * loss).backward()
                     drift = ((log_prob - old[:, j]).exp() - 1).abs()

@@ -9,9 +9,9 @@
         --eval pickscore,hpsv2,aesthetic,imagereward,geneval,ocr --eval_prompts geneval=geneval.jsonl,ocr=ocr.txt
 
 --sampler student (the default with a --lora): the few-step schedule, 4 CPS steps at eta 0.9, no guidance. --sampler
-teacher (else): the pipeline's own schedule, 28 Euler steps, guided. --steps, --eta and --guidance_scale change these
-numbers and nothing else. Pictures are 1024 pixels a side, as published (the classroom's 64, sana's and prx's 512),
-whatever the training's were.
+teacher (else): the pipeline's own schedule, 28 Euler steps, guided; of FLUX.2, the base's weights. --steps, --eta and
+--guidance_scale change these numbers and nothing else. Pictures are 1024 pixels a side, as published (the classroom's
+64, sana's and prx's 512), whatever the training's were.
 Writes to --out: 00000.png, ... , scores.jsonl as they are made, then grid.png and metadata.json (settings, prompts and,
 with --eval, scores). The same command goes on after a stop. Several processes give the pictures and scores of one.
 """
@@ -137,7 +137,7 @@ def summarize(entries, weights):
         tags = [tag if isinstance(tag, str) else None for _, tag, _ in rows]  # a file's own may be anything
         tasks = {t: float(values[[x == t for x in tags]].mean()) for t in dict.fromkeys(tags) if t}
         means = rewards.prompt_means([prompt for _, _, prompt in rows], values)
-        error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else None
+        error = float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else None
         table[name] = dict(mean=float(values.mean()), error=error, n=len(values), prompts=len(means), tasks=tasks)
         if tasks:  # the benchmark's overall score: task types count alike, however many prompts they have
             table[name]["task_mean"] = float(np.mean(list(tasks.values())))
@@ -149,14 +149,16 @@ def report(summary):
     """The summary as an aligned text table; a column that has no entry is left out."""
     rows, tasks = [], {}
     for name, row in summary["rewards"].items():
-        tasks |= row["tasks"]
-        numbers = {"mean": row["mean"], "+-": row["error"], "task mean": row.get("task_mean"), **row["tasks"]}
+        of_tasks = {("task", task): mean for task, mean in row["tasks"].items()}  # a file may call one "mean"
+        tasks |= of_tasks
+        numbers = {"mean": row["mean"], "+-": row["error"], "task mean": row.get("task_mean"), **of_tasks}
         cells = {"reward": name, "n": row["n"]} | {key: f"{x:.3f}" for key, x in numbers.items() if x is not None}
         cells |= {"prompts": row["prompts"]} if row["prompts"] != row["n"] else {}
         rows.append({"+-": "–"} | cells)  # of one prompt there is no error
     rows.append({"reward": "weighted mean", "mean": f"{summary['weighted_mean']:.3f}"})
     shown = ("reward", "n", "prompts", "mean", "+-", "task mean", *tasks)
-    columns = [[key, *(str(row.get(key, "")) for row in rows)] for key in shown if any(key in row for row in rows)]
+    shown = [key for key in shown if any(key in row for row in rows)]
+    columns = [[key if isinstance(key, str) else key[1], *(str(row.get(key, "")) for row in rows)] for key in shown]
     widths = [max(map(len, column)) for column in columns]
     lines = zip(*columns, strict=True)
     return "\n".join("  ".join([f"{a:{widths[0]}}", *map(str.rjust, row, widths[1:])]).rstrip() for a, *row in lines)

@@ -2,7 +2,7 @@
 
     python classroom/demo.py                                             both stages and the report
     python classroom/demo.py --quick                                     the same with shorter trainings
-    python classroom/demo.py --long                                      with a longer one: the shipped adapters
+    python classroom/demo.py --long                                      with a stage 2 fifteen times as long
 
 Runs acdmd.py and rtdmd.py (the commands are printed), and after each of them samples on the same held-out captions and
 the same seeds: the teacher with 28 guided steps and with 4, and with 4 steps DMD2 (shipped adapter), AC-DMD, RTDMD.
@@ -57,7 +57,10 @@ ABLATIONS = {
     "plain_dmd": ("acdmd.py", "--plain_dmd", "no sub-intervals"),
     "dmd2": ("acdmd.py", "--plain_dmd --eta 1", "DMD2"),
 }
-LENGTHS = {"quick": dict(acdmd_steps=200, rtdmd_epochs=40, n_prompts=300), "long": dict(rtdmd_epochs=1500)}
+LENGTHS = {
+    "quick": dict(out=Path("out/quick"), acdmd_steps=200, rtdmd_epochs=40, n_prompts=300),
+    "long": dict(out=Path("out/long"), rtdmd_epochs=1500),
+}
 PROCESSES = min(2, os.cpu_count() or 1)  # of each training: two of one thread use two cores better than one of two
 
 

@@ -354,7 +354,7 @@ def train_teacher(args, rank, world_size):
         models.average_gradients(list(model.parameters()), world_size)
         scale = min(1, (step + 1) / 50) * min(1, (args.teacher_steps - step) / falling)
         muon.step(0.02 * scale)
-        step_optimizer(adam, scale, world_size=1)  # they are averaged
+        step_optimizer(adam, scale, world_size=1)  # gradients are averaged above, for both
         ema.update(step)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")

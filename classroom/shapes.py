@@ -45,6 +45,7 @@ def _need(shape, count=1, **more):
 
 def _all_captions(task):
     """All captions of one task type as GenEval metadata: {"tag", "include", ["exclude"], "prompt"}."""
+    assert task in TASKS, task
     pairs, hues = list(permutations(SHAPES, 2)), list(permutations(COLORS, 2))
     if task == "single_object":
         rows = [(f"{article} {s}", [_need(s)]) for article in ("a", "one", "a single", "just a") for s in SHAPES]

@@ -211,7 +211,7 @@ def test_networks_in_bf16_are_told_the_noise_level_exactly(row, monkeypatch):
     for backbone in (row.backbone, models.load(row.model, row.folder, resolution=64, dtype=torch.bfloat16)):
         seen.append([])
         backbone.velocity("generator", x, sigma, backbone.encode(["a", "b"]), 3.5, backbone.encode([""]))
-    assert seen[0], "no time embedding was seen: does the network have its own? Add its name to `owners` here"
+    assert seen[0], "no time embedding was seen: does the network have its own? Add it to what is spied on"
     assert len(seen[0]) == len(seen[1]) == 1 + row.backbone.embedded_guidance
     for exact, rounded in zip(*seen, strict=True):
         torch.testing.assert_close(rounded, exact, rtol=1e-6, atol=0)

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def test_rewards_that_pull_nothing_are_said_once(factor, margin, said, write, tm
     assert len(told) == said and all((row["loss/bp"] == 0) == bool(said) for row in rows)
     assert all("--reward_margin" in line and f"(mean {rows[0]['R']:.4g})" in line for line in told)
     assert rows[0]["R"] == pytest.approx(rows[0]["reward/bright"], abs=0.01)
+
+
+def test_only_images_below_the_margin_pull(write):
+    scorers = rewards.load_scorers(rewards.parse_weights(f"{write('own.py', BRIGHT.format(factor=1))}:bright"))
+    decodes_to_half, x0 = SimpleNamespace(decode=lambda x: 0.5 * x), torch.full((3, 3, 8, 8), 1.0)
+    x0[1] = 0.2  # R: .5, .1, .5
+    values, got = rtdmd.reward_gradient(decodes_to_half, scorers, ["a"] * 3, {"a": {}}, x0, margin=0.3)
+    assert (values["loss/bp"].item(), values["R"].item()) == pytest.approx((0.2 / 3, 1.1 / 3))
+    wanted = torch.zeros_like(x0)
+    wanted[1] = -0.5 / (3 * x0[1].numel())  # of mean(relu(margin - R)), through decode
+    torch.testing.assert_close(got, wanted)
 
 
 TARGET = """

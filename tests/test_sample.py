@@ -25,7 +25,7 @@ def test_several_pictures_of_each_prompt(tmp_path, capsys):
     assert len(set(scores)) == 6  # image i depends on (seed, i)
     row = got["rewards"]["clipscore"]
     assert (row["n"], row["prompts"]) == (6, 2)
-    assert row["error"] == pytest.approx(np.std([np.mean(scores[:3]), np.mean(scores[3:])]) / 2**0.5)
+    assert row["error"] == pytest.approx(abs(np.mean(scores[:3]) - np.mean(scores[3:])) / 2)
     (head,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reward ")]
     assert "prompts" in head
     again = sampled(tmp_path / "b", "--prompt", "a circle", "--eval", "clipscore=1", "--per_prompt", 2)
@@ -55,6 +55,15 @@ def test_more_images_than_prompts_are_asked_for_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == said
     assert len(sampled(tmp_path / "b", "--prompt", "a circle", "--prompt", "a cross", "--n_images", 1)["images"]) == 1
     assert "--per_prompt" not in capsys.readouterr().out
+
+
+def test_a_task_may_be_called_as_a_column_is():
+    entries = [
+        {"prompt": p, "tag": tag, "scores": {"clipscore": x}} for p, tag, x in (("a", "mean", 0.9), ("b", "n", 0.1))
+    ]
+    head, row, _ = (line.split() for line in sample.report(sample.summarize(entries, {"clipscore": 1.0})).splitlines())
+    assert head == ["reward", "n", "mean", "+-", "task", "mean", "mean", "n"]
+    assert row == ["clipscore", "2", "0.500", "0.400", "0.500", "0.900", "0.100"]
 
 
 LORA = ["--lora", models.CLASSROOM / "adapters/acdmd/generator_ema"]
