@@ -13,7 +13,7 @@ MFU: matrix products and attention of the forwards, as torch counts them, a back
 base needs no weight gradients), over the device's dense bf16 peak. A recomputed forward is not counted.
 
 --plan runs the same parts on fake tensors, which have shapes and no numbers, and adds up what is alive at once. Blocks
-of a kind are alike: it runs networks of one and of two of each kind, and multiplies. What kernels need inside,
+of a kind are alike: it runs networks of two and of three of each kind, and multiplies. What kernels need inside,
 fragments and the CUDA context (1 to 2 GB) come on top: the largest batch leaves 10%.
 """
 
@@ -427,11 +427,11 @@ def peaks(backbone, n, one, scorers, checkpointing=False, only="", rank=32):
 
 
 def extrapolated(count, blocks):
-    """count({kind: n}) -> {name: number} at `blocks`, from networks of one block of each kind, and of one more of each.
+    """count({kind: n}) -> {name: number} at `blocks`, from networks of two blocks of each kind, and of one more of each.
 
-    All that is counted grows by as much with each further block of a kind; what `count` leaves out does not grow.
+    Not of one: the first and the last of a kind may keep less, and with checkpointing the largest sets the peak. All that is counted grows by as much with each further block of a kind; what `count` leaves out does not grow.
     """
-    few = dict.fromkeys(blocks, 1 if len(blocks) > 1 else 2)  # SD3's last block is not like its others
+    few = dict.fromkeys(blocks, 2)
     first = count(few, False)
     total = dict(first)
     for kind, n in blocks.items():
