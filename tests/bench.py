@@ -427,9 +427,10 @@ def peaks(backbone, n, one, scorers, checkpointing=False, only="", rank=32):
 
 
 def extrapolated(count, blocks):
-    """count({kind: n}) -> {name: number} at `blocks`, from networks of two blocks of each kind, and of one more of each.
+    """count({kind: n}) -> {name: number} at `blocks`, from networks of two blocks of each kind and of one more of each.
 
-    Not of one: the first and the last of a kind may keep less, and with checkpointing the largest sets the peak. All that is counted grows by as much with each further block of a kind; what `count` leaves out does not grow.
+    All that is counted grows by as much with each further block of a kind; what `count` leaves out does not grow. From
+    one block it would not: the first and the last may keep less, and with checkpointing the largest sets the peak.
     """
     few = dict.fromkeys(blocks, 2)
     first = count(few, False)
