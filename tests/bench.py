@@ -13,7 +13,7 @@ MFU: matrix products and attention of the forwards, as torch counts them, a back
 base needs no weight gradients), over the device's dense bf16 peak. A recomputed forward is not counted.
 
 --plan runs the same parts on fake tensors, which have shapes and no numbers, and adds up what is alive at once. Blocks
-of a kind are alike: it runs networks of one and of two of each kind, and multiplies. What kernels need inside,
+of a kind are alike: it runs networks of two and of three of each kind, and multiplies. What kernels need inside,
 fragments and the CUDA context (1 to 2 GB) come on top: the largest batch leaves 10%.
 """
 
@@ -87,18 +87,32 @@ def with_blocks(model, plain, dual=0, single=0):
 
 
 def fill(module, device, dtype, done=()):
-    """Random numbers in place of a meta module's parameters and buffers; any do for position tables. done: left out."""
+    """Random numbers in place of a meta module's parameters and buffers; any do for position tables. done: left out.
+
+    A million numbers again and again: to draw 12 billion takes a CPU minutes. A prime million, so that no rows agree.
+    """
+    numbers = torch.empty(1_000_003, dtype=dtype, device=device).normal_()
     for m in (m for m in module.modules() if m not in done):
         for name, p in m._parameters.items():
             if p is not None:
                 value = torch.empty(p.shape, dtype=dtype, device=device)
-                value = value.fill_(1.0) if p.ndim == 1 and name == "weight" else value.normal_(std=0.02)  # of a norm
+                if p.ndim == 1 and name == "weight":  # of a norm
+                    value.fill_(1.0)
+                else:
+                    repeat(numbers, value).mul_(0.02)
                 m._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
         for name, b in m._buffers.items():
             if b is not None:
                 kind = dtype if b.is_floating_point() else b.dtype
                 value = torch.zeros(b.shape, dtype=kind, device=device)
-                m._buffers[name] = value.normal_() if b.is_floating_point() else value
+                m._buffers[name] = repeat(numbers, value) if b.is_floating_point() else value
+
+
+def repeat(numbers, value):
+    """`value` filled in place with `numbers`, from the first again wherever they end."""
+    for part in value.view(-1).split(len(numbers)) if value.device.type != "meta" else ():
+        part.copy_(numbers[: len(part)])
+    return value
 
 
 def random_backbone(model, device, dtype, resolution=None, config=None, frozen_dtype=None, alone=False):
@@ -373,7 +387,12 @@ def make_fake(module):
 
 
 def size_of(*modules):
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    """Bytes of parameters and buffers: SD3.5's table of positions alone is 0.45 GB in bf16."""
+    return sum(t.nbytes for module in modules for t in (*module.parameters(), *module.buffers()))
+
+
+def size_of_buffers(*modules):
+    return sum(b.nbytes for module in modules for b in module.buffers())
 
 
 def peaks(backbone, n, one, scorers, checkpointing=False, only="", rank=32):
@@ -408,11 +427,12 @@ def peaks(backbone, n, one, scorers, checkpointing=False, only="", rank=32):
 
 
 def extrapolated(count, blocks):
-    """count({kind: n}) -> {name: number} at `blocks`, from networks of one block of each kind, and of one more of each.
+    """count({kind: n}) -> {name: number} at `blocks`, from networks of two blocks of each kind and of one more of each.
 
-    All that is counted grows by as much with each further block of a kind; what `count` leaves out does not grow.
+    All that is counted grows by as much with each further block of a kind; what `count` leaves out does not grow. From
+    one block it would not: the first and the last may keep less, and with checkpointing the largest sets the peak.
     """
-    few = dict.fromkeys(blocks, 1 if len(blocks) > 1 else 2)  # SD3's last block is not like its others
+    few = dict.fromkeys(blocks, 2)
     first = count(few, False)
     total = dict(first)
     for kind, n in blocks.items():
@@ -436,7 +456,7 @@ def counted(model, args, one, resolution, checkpointing, only="stage|sample"):
         facts = {"loaded": size_of(*backbone.networks()), "vae": size_of(backbone.vae)}
         for network in backbone.networks() if args.frozen_dtype else ():
             models.store_in_8_bits(network)
-        facts["frozen"] = size_of(*backbone.networks())
+        facts |= {"frozen": size_of(*backbone.networks()), "buffers": size_of_buffers(*backbone.networks())}
         facts["block"] = max(size_of(m) for network in backbone.networks() for m in models.blocks(network))
         pattern = growing if more else only
         for part, (size, evaluations) in peaks(backbone, 1, one, scorers, checkpointing, pattern, args.rank).items():
@@ -469,9 +489,7 @@ def plan(model, args):
     open_ways = (False, True) if args.checkpointing == "auto" and not splits else (args.checkpointing != "off",)
     found = {how: counted(model, args, one, resolution, how) for how in open_ways}
     facts = found[open_ways[0]]
-    adapter, frozen, vae = (facts[name] / 1e9 for name in ("adapter", "frozen", "vae"))
-    if splits:  # this process's share, and two blocks on their way
-        frozen = 2 * facts["block"] / 1e9 + (0 if args.offload_frozen else frozen / args.gpus)
+    adapter, vae, frozen = facts["adapter"] / 1e9, facts["vae"] / 1e9, frozen_bytes(facts, args, args.gpus) / 1e9
     encoders = ENCODERS[model] * (2 if args.dtype == "float32" else 1)
     columns = {rewards.SCORERS[name].columns[0] for name in args.rewards}  # a scorer of two columns loads once
     sizes = [REWARDS.get(column, 0.0) for column in columns]
@@ -512,6 +530,15 @@ def plan(model, args):
         grid["activations"], grid["in"] = sampling(facts, 16, resolution)
         rows += [row, grid | {"sum": fixed + grid["activations"]}]
     return [*rows, plan_sample(model, args, one, facts, encoders)]
+
+
+def frozen_bytes(facts, args, processes):
+    """Of the frozen base, in one process."""
+    if args.shard == "none" and not args.offload_frozen:
+        return facts["frozen"]
+    # buffers, which every process has whole, two blocks on their way, and its share of the rest
+    share = 0 if args.offload_frozen else (facts["frozen"] - facts["buffers"]) / processes
+    return facts["buffers"] + 2 * facts["block"] + share
 
 
 def sampling(facts, n, resolution):
@@ -568,13 +595,16 @@ def print_plan(args):
 def predicted(args, one, n, dtype):
     """({part: GB} of this process by the plan: weights, adapters and moments, what is alive at once; FLOP counted)."""
     resolution = args.resolution or models.BACKBONES[args.model]["resolution"]
-    args = SimpleNamespace(**vars(args) | {"dtype": str(dtype).removeprefix("torch."), "rewards": {}})
+    own = {"dtype": str(dtype).removeprefix("torch."), "rewards": {}, "offload_frozen": False}
+    args = SimpleNamespace(**vars(args) | own)
     facts = counted(args.model, args, one, resolution, args.checkpointing == "on", args.only)
-    alone = args.only == "velocity" and "student" in models.BACKBONES[args.model]
-    adapter, fixed = facts["adapter"], facts["vae"] + facts["frozen"] / (2 if alone else 1)
+    if args.only == "velocity" and "student" in models.BACKBONES[args.model]:
+        facts |= {"frozen": facts["frozen"] / 2, "buffers": facts["buffers"] / 2}
+    adapter, fixed = facts["adapter"], facts["vae"] + frozen_bytes(facts, args, int(os.environ.get("WORLD_SIZE", 1)))
     parts = [part for part in facts if f"{part}, evaluations" in facts]
-    # two adapters and their moments; what is alive holds the gradients of one, whatever n is
-    sizes = {part: (fixed + 6 * adapter + adapter + n * (facts[part] - adapter)) / 1e9 for part in parts}
+    # two adapters and, where an optimiser steps, their moments; what is alive holds the gradients of one, whatever n is
+    held = {part: (2 if part.startswith("velocity") else 6) * adapter for part in parts}
+    sizes = {part: (fixed + held[part] + adapter + n * (facts[part] - adapter)) / 1e9 for part in parts}
     return sizes, facts["flops"]
 
 
@@ -613,16 +643,18 @@ def main(args):
     )
     print(f"{total / 1e6:.1f} M parameters, {backbone.flops / 1e9:.4g} GFLOP a forward{hand}")
     if device.type == "cpu":
-        print(f"resident before any weight: {resident:.2f} GB, which is part of the peak")
-    print(f"{'part':22}{'ms':>10}{'images/s':>10}{'MFU':>8}{'peak GB':>9}" + f"{'plan GB':>9}" * bool(plan_of))
+        print(f"resident before any weight: {resident:.2f} GB, which is part of peak and plan")
+    print(
+        f"{'part':22}{'ms':>10}{'images/s':>10}{'MFU':>8}{'peak GB':>9}" + f"{'plan GB':>9}" * bool(plan_of), flush=True
+    )
     for part, step in parts.items():
         if not re.search(args.only, part):
             continue
         row = measure(step, backbone, n, args.repeat, args.warmup)
-        row |= {"plan_gb": plan_of[part]} if plan_of else {}
+        row |= {"plan_gb": plan_of[part] + (resident if device.type == "cpu" else 0)} if plan_of else {}
         more = f"{row['mfu']:8.1%}" if "mfu" in row else f"{'-':>8}"
-        more += f"{row['peak_gb']:9.1f}" if "peak_gb" in row else f"{'-':>9}"
-        more += f"{row['plan_gb']:9.1f}" if plan_of else ""
+        more += f"{row['peak_gb']:9.2f}" if "peak_gb" in row else f"{'-':>9}"
+        more += f"{row['plan_gb']:9.2f}" if plan_of else ""
         more += "".join(f"  {name} {row[name]:.6g}" for name in ("norm", "grad_norm") if name in row)
         print(f"{part:22}{1000 * row['seconds']:10.1f}{row['images_per_s']:10.2f}{more}", flush=True)
         if args.out:
