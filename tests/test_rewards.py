@@ -438,7 +438,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(folder, tmp_path, name, file, c
 @pytest.mark.parametrize(
     "name, file, content, said",
     (
-        ("clipscore", "clip/tokenizer.json", None, "593; its vocabulary's file is not there"),
+        ("clipscore", "clip/tokenizer.json", None, "593; its vocabulary is not there"),
         ("hpsv2", "clip/tokenizer.json", None, "tokens where the model knows"),
         ("imagereward", "bert/vocab.txt", None, "5 tokens where the model knows 62"),
         ("pickscore", "pickscore/model.safetensors", b"half", "cannot open the weights of CLIPModel of yuvalkirstain"),
