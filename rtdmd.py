@@ -64,7 +64,7 @@ PRESETS = {
         lr_fake=1e-3,
         lr_decay=0.5,
         init_std=1 / 32,
-        step_weights=(0.0, 2.0, 1.0),  # the first step decides no reward here, so the two others always are
+        step_weights=(0.0, 2.0, 1.0),  # the first step's noise decides no reward here: always the other two
         dm_weight=0.02,
         bp_weight=0.02,
         last_step_batch=12,
@@ -206,7 +206,7 @@ def choose_steps(epoch, seed, candidates=(0, 1, 2), n=2):
 def shared_noise(prompts, step, epoch, seed, shape):
     """[B, *shape] on the CPU: one noise per prompt, the same for its whole group on whatever rank.
 
-    It takes the variance of untrained steps out of the advantages (App. H). The start's decides nothing here.
+    It takes the variance of steps that are not trained out of the advantages (App. H).
     """
     noise = {p: torch.randn(shape, generator=seeded(seed, epoch, step, "shared", p)) for p in dict.fromkeys(prompts)}
     return torch.stack([noise[p] for p in prompts])
@@ -319,10 +319,10 @@ def of_one_image(gradient):
 def main(args):
     # set-up: run folder, prompts, rewards, networks and their adapters, optimisers
     run, student = models.Run(args, "epochs", __file__, NO_PULL), args.distilled / "generator_ema"
-    below = {"fake": args.distilled / "fake", "generator": student}  # role: its adapter of stage 1
+    stage_1 = {"fake": args.distilled / "fake", "generator": student}  # role: its frozen adapter
     if not args.dm_weight:  # some generator's alone: nothing asks a fake score
-        below = {"generator": student if student.is_dir() else args.distilled}
-    run.pin("distilled", {role: models.fingerprint(source) for role, source in below.items()})
+        stage_1 = {"generator": student if student.is_dir() else args.distilled}
+    run.pin("distilled", {role: models.fingerprint(source) for role, source in stage_1.items()})
     models.trained_over(args.distilled, args.teacher_lora)
     if run.finished:
         return
@@ -335,10 +335,10 @@ def main(args):
     run.heldout = rewards.HeldOut(args, run.device, scorers) if args.eval_every else None
     backbone = run.load_backbone()
     backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake", "fake_rl"), "ema": ("distilled", "rl_ema")}
-    for role, source in below.items():  # the generator last, whose rank all have
-        frozen = models.load_adapter(backbone.network(role), backbone.roles[role][0], source)
+    for role, source in stage_1.items():
+        A, *_ = models.load_adapter(backbone.network(role), backbone.roles[role][0], source)  # [rank, in]
     networks = {"rl": backbone.student, "rl_ema": backbone.student, "fake_rl": backbone.transformer}
-    generator, average, fake = run.adapters(networks, len(frozen[0]), args.init_std)  # frozen[0]: an A, [rank, in]
+    generator, average, fake = run.adapters(networks, len(A), args.init_std)  # A: the generator's, loaded last
     fused = run.device.type == "cuda"
     optimizer = torch.optim.AdamW(generator, lr=args.lr, weight_decay=1e-4, fused=fused)
     optimizer_fake = torch.optim.AdamW(fake, lr=args.lr_fake, weight_decay=0.0, fused=fused)
@@ -348,7 +348,7 @@ def main(args):
     models.set_up_blocks(backbone, args.checkpointing, in_backward, args.compile)
 
     sigmas, K, C, weights = backbone.sigmas(), args.group_size, args.n_chosen, args.rewards
-    last, n_images = len(sigmas) - 2, per_rank * run.world_size
+    last, n_images = len(sigmas) - 2, per_rank * run.world_size  # steps 0 .. last - 1 are stochastic, `last` is not
     # images are numbered over all ranks: image i is of prompt i // K, and a group may straddle ranks
     mine = range(run.rank * per_rank, (run.rank + 1) * per_rank)
     parts = torch.arange(per_rank).split(args.batch_size)

@@ -232,8 +232,8 @@ def silent_t5(vocab_size):
 
 @torch.no_grad()
 def clip_report(clip, tokenizer, rng):
-    """Cosines of true and shuffled pairs on held-out captions."""
-    metadata = shapes.sample_prompts(600, 7, "heldout")
+    """Cosines of true and shuffled pairs on validation captions."""
+    metadata = shapes.sample_prompts(600, 7, "validation")
     images, tokens = shapes.pictures(metadata, rng), tokenize(tokenizer, [m["prompt"] for m in metadata])
     text = F.normalize(clip.get_text_features(tokens).pooler_output, dim=-1)
     image = F.normalize(clip.get_image_features(rewards.normalize(images)).pooler_output, dim=-1)
@@ -381,7 +381,7 @@ def save_teacher(config, average, folder, n_prompts):
     diffusers.utils.logging.set_verbosity_error()  # it would tell that the silent T5 sees two tokens only
     pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    metadata = shapes.sample_prompts(n_prompts, 11, "heldout")
+    metadata = shapes.sample_prompts(n_prompts, 11, "validation")
     images = []
     for i in range(0, n_prompts, 60):
         prompts = [m["prompt"] for m in metadata[i : i + 60]]
@@ -392,7 +392,7 @@ def save_teacher(config, average, folder, n_prompts):
     tags = np.array([m["tag"] for m in metadata])
     table = "  ".join(f"{t} {hits[tags == t].mean():.2f}" for t in shapes.TASKS)
     score = f"{hits.mean():.3f} +- {hits.std() / math.sqrt(len(hits)):.3f}"
-    print(f"\nteacher, 28 guided steps, {n_prompts} held-out: strict {score} | {table}", flush=True)
+    print(f"\nteacher, 28 guided steps, {n_prompts} of validation: strict {score} | {table}", flush=True)
 
 
 def main(args):

@@ -102,7 +102,7 @@ def test_weights_are_small_and_load_as_a_plain_pipeline():
 def test_stage_0_from_nothing_to_a_folder_that_diffusers_opens(tmp_path, capsys):
     flags = "--vae_steps 3 --clip_steps 3 --teacher_steps 3 --n_latents 500 --n_prompts 12 --out".split()
     pretrain.main(pretrain.parse_args([*flags, str(tmp_path)]))
-    assert "teacher, 28 guided steps, 12 held-out" in capsys.readouterr().out
+    assert "teacher, 28 guided steps, 12 of validation" in capsys.readouterr().out
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "teacher")
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a circle", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)

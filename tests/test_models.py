@@ -158,6 +158,28 @@ def test_checkpointing_covers_the_vae_and_leaves_its_gradient_as_it_is(backbone)
     assert sum(kept[1]) < 0.5 * sum(kept[0])
 
 
+def test_targets_that_match_no_layer_are_refused():
+    transformer = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(8, 4)))
+    with pytest.raises(models.UserError, match="no linear layer of Sequential ends in one of attn.to_q, to_k"):
+        models.prepare_for_lora(transformer, ["attn.to_q", "to_k"])
+
+
+def test_a_pipeline_may_overwrite_the_prompts_it_is_given(monkeypatch):
+    backbone = models.load("classroom")
+    prompts, wanted = ["a circle", "two red squares"], backbone.encode(["a circle"])
+    encode = backbone.encode_texts
+
+    def overwriting(texts):
+        found = encode(texts)
+        texts[:] = ["chat"] * len(texts)
+        return found
+
+    monkeypatch.setattr(backbone, "encode_texts", overwriting)
+    backbone._embeddings.clear()
+    got = backbone.encode(prompts)
+    assert all(torch.equal(got[name][:1], value) for name, value in wanted.items())
+
+
 def test_an_adapter_under_autocast_keeps_its_input_once():
     transformer = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(8, 4)))
     models.prepare_for_lora(transformer, ["0"])
