@@ -425,6 +425,14 @@ def test_demo_from_start_to_report_ablations_and_summary(tmp_path, monkeypatch):
     assert f"| RTDMD − AC-DMD | {gap:+.3f} ± " in text and (tmp_path / "sum" / "rewards.png").is_file()
 
 
+def test_a_run_of_another_length_has_a_folder_of_its_own():
+    """In one folder the longer would go on from the shorter's end, where the rate has fallen to 0."""
+    runs = {flag: demo.parse_args([flag] if flag else []) for flag in ("", "--quick", "--long")}
+    assert len({args.out for args in runs.values()}) == len({args.rtdmd_epochs for args in runs.values()}) == 3
+    assert all(args.rl == args.out / "rtdmd" / "final" for args in runs.values())
+    assert demo.parse_args(["--long", "--out", "mine"]).out == Path("mine")
+
+
 def test_a_missing_package_is_named_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(models.UserError, match="pip install matplotlib"):
