@@ -26,6 +26,7 @@ import re
 import sys
 import time
 import weakref
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -445,11 +446,13 @@ def extrapolated(count, blocks):
 PARTS = {1: ("fake score", "generator"), 2: ("rollout", "fake score", "policy", "last step")}  # of each stage
 
 
+KEEPS = "stage.*(score|generator|policy|last)"  # parts with gradient; the others keep nothing, whatever is recomputed
+
+
 def counted(model, args, one, resolution, checkpointing, only="stage|sample"):
     """Facts of the published network and of one image, {name: number}: bytes, FLOP of a forward, evaluations."""
     dtype = getattr(torch, args.dtype)
     scorers = Transient(reward_bytes(tuple(args.rewards), resolution)) if args.rewards else None
-    growing = f"(?=.*({only}))(?=.*(score|generator|policy|last))"  # without gradient nothing is kept, nothing grows
 
     def count(blocks, more):
         backbone = random_backbone(model, "meta", dtype, resolution, with_blocks(model, **blocks))
@@ -458,7 +461,7 @@ def counted(model, args, one, resolution, checkpointing, only="stage|sample"):
             models.store_in_8_bits(network)
         facts |= {"frozen": size_of(*backbone.networks()), "buffers": size_of_buffers(*backbone.networks())}
         facts["block"] = max(size_of(m) for network in backbone.networks() for m in models.blocks(network))
-        pattern = growing if more else only
+        pattern = f"(?={only}){KEEPS}" if more else only  # with further blocks of a kind only these grow
         for part, (size, evaluations) in peaks(backbone, 1, one, scorers, checkpointing, pattern, args.rank).items():
             facts |= {part: size, f"{part}, evaluations": evaluations}
         # of generator or fake score, float32; as large are its gradients
@@ -483,12 +486,15 @@ def plan(model, args):
     A row is {term: GB}, "sum", "batch", the "largest" batch that fits, GPU "hours" of the published run, and "host": GB
     of host memory that all processes of a machine ask for while each loads the whole pipeline.
     """
+    models.quiet_libraries()
     one, two = acdmd.parse_args(["--model", model, "--prompts", __file__]), rtdmd.PRESETS[model]
     resolution = args.resolution or models.BACKBONES[model]["resolution"]
     splits = args.offload_frozen or args.shard != "none"  # then auto is on
     open_ways = (False, True) if args.checkpointing == "auto" and not splits else (args.checkpointing != "off",)
-    found = {how: counted(model, args, one, resolution, how) for how in open_ways}
-    facts = found[open_ways[0]]
+    facts = counted(model, args, one, resolution, open_ways[0])
+    found = {open_ways[0]: facts}
+    if True in open_ways[1:]:
+        found[True] = facts | counted(model, args, one, resolution, True, KEEPS)
     adapter, vae, frozen = facts["adapter"] / 1e9, facts["vae"] / 1e9, frozen_bytes(facts, args, args.gpus) / 1e9
     encoders = ENCODERS[model] * (2 if args.dtype == "float32" else 1)
     columns = {rewards.SCORERS[name].columns[0] for name in args.rewards}  # a scorer of two columns loads once
@@ -577,10 +583,10 @@ def print_plan(args):
     terms = ["frozen", "vae", "encoders", "rewards", "adapters", "activations"]
     head = ["model", "stage", *terms, "sum", "batch", "largest that fits", "hours", "host"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    models.quiet_libraries()
-    for model in [args.model] if args.model != "classroom" else PUBLISHED:
-        print(f"{model} ...", end="\r", file=sys.stderr, flush=True)
-        for row in plan(model, args):
+    asked = [args.model] if args.model != "classroom" else list(PUBLISHED)
+    with ProcessPoolExecutor(os.cpu_count()) as processes:
+        plans = (processes.map if len(asked) > 1 else map)(plan, asked, [args] * len(asked))
+        for model, row in ((model, row) for model, rows in zip(asked, plans, strict=True) for row in rows):
             cells = [model, row["stage"], *(f"{row[term]:.1f}" for term in terms), f"**{row['sum']:.1f}**"]
             cells[-2] += f" ({row['in']}{', checkpointing' if row['checkpointing'] else ''})"
             cells += [str(row["batch"]), "-" if row["largest"] is None else str(row["largest"])]
