@@ -444,9 +444,7 @@ def extrapolated(count, blocks):
 
 
 PARTS = {1: ("fake score", "generator"), 2: ("rollout", "fake score", "policy", "last step")}  # of each stage
-
-
-KEEPS = "stage.*(score|generator|policy|last)"  # parts with gradient; the others keep nothing, whatever is recomputed
+KEEPS = "(score|generator|policy|last)"  # parts with gradient; the others keep nothing, so that nothing of them grows
 
 
 def counted(model, args, one, resolution, checkpointing, only="stage|sample"):
@@ -461,7 +459,7 @@ def counted(model, args, one, resolution, checkpointing, only="stage|sample"):
             models.store_in_8_bits(network)
         facts |= {"frozen": size_of(*backbone.networks()), "buffers": size_of_buffers(*backbone.networks())}
         facts["block"] = max(size_of(m) for network in backbone.networks() for m in models.blocks(network))
-        pattern = f"(?={only}){KEEPS}" if more else only  # with further blocks of a kind only these grow
+        pattern = f"(?=.*({only}))(?=.*{KEEPS})" if more else only
         for part, (size, evaluations) in peaks(backbone, 1, one, scorers, checkpointing, pattern, args.rank).items():
             facts |= {part: size, f"{part}, evaluations": evaluations}
         # of generator or fake score, float32; as large are its gradients
@@ -494,7 +492,7 @@ def plan(model, args):
     facts = counted(model, args, one, resolution, open_ways[0])
     found = {open_ways[0]: facts}
     if True in open_ways[1:]:
-        found[True] = facts | counted(model, args, one, resolution, True, KEEPS)
+        found[True] = facts | counted(model, args, one, resolution, True, f"stage.*{KEEPS}")
     adapter, vae, frozen = facts["adapter"] / 1e9, facts["vae"] / 1e9, frozen_bytes(facts, args, args.gpus) / 1e9
     encoders = ENCODERS[model] * (2 if args.dtype == "float32" else 1)
     columns = {rewards.SCORERS[name].columns[0] for name in args.rewards}  # a scorer of two columns loads once

@@ -159,16 +159,16 @@ def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
 
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_counting_few_blocks_of_each_kind_is_counting_all(checkpointing, monkeypatch):
-    """Within 1%, a network of 4 blocks with two attentions and 3 plain ones, each step of both stages."""
+    """Within 1%, a network of 4 blocks with two attentions and 3 plain ones, each step of both stages and velocity."""
     deep = SMALL | dict(num_layers=7, dual_attention_layers=(0, 1, 2, 3), num_attention_heads=2)
     deep |= dict(caption_projection_dim=128)
     monkeypatch.setitem(bench.PUBLISHED, "sd35", bench.PUBLISHED["sd35"] | deep)
     one, args = acdmd.parse_args([]), SimpleNamespace(**ARGS | dict(rewards={}))
     one.consistency_batch = 1
-    few = bench.counted("sd35", args, one, 256, checkpointing, "stage")
+    few = bench.counted("sd35", args, one, 256, checkpointing, "stage|velocity")
     whole = bench.random_backbone("sd35", "meta", torch.bfloat16, 256)
     assert few["frozen"] == few["loaded"] == bench.size_of(whole.transformer)
-    for part, (size, evaluations) in bench.peaks(whole, 1, one, None, checkpointing, "stage").items():
+    for part, (size, evaluations) in bench.peaks(whole, 1, one, None, checkpointing, "stage|velocity").items():
         assert few[part] == pytest.approx(size, rel=0.01), part
         assert few[f"{part}, evaluations"] == evaluations
     assert few["adapter"] == bench.adapter_bytes(whole) / 2 and few["flops"] == whole.flops
