@@ -5,9 +5,10 @@
    That layer is what SD3 reads, and contextual text features are what let a small transformer bind colours to shapes.
 3. Teacher: an SD3Transformer2DModel, flow matching v = noise - x0, on pre-encoded latents; Muon for the matrices of
    the blocks, AdamW for the rest, EMA, caption dropout 10% for classifier-free guidance. Its captions are true for the
-   first 65% of the steps, so that it learns to draw and to read. Then they are unreliable, as captions of the web are:
-   pictures show an object twice or contradict their caption (shapes.unreliable_scene says how often). So the teacher
-   fails as published ones do, by miscounting, misplacing and mixing up what it can draw, and stage 2 has what to mend.
+   first 65% of the steps, so that it learns to draw and to read, and its learning rate falls to 0 there. Then, at 0.3
+   of that rate, they are unreliable, as captions of the web are: pictures show an object twice or contradict their
+   caption (shapes.unreliable_scene says how often). So the teacher fails as published ones do, by miscounting,
+   misplacing and mixing up what it can draw, and stage 2 has what to mend.
 
     torchrun --nproc_per_node=2 classroom/pretrain.py              (or plain `python classroom/pretrain.py`)
 
@@ -49,7 +50,7 @@ def parse_args(argv=None):
     p.add_argument("--vae_steps", type=at_least(1), default=1200, help="batches of 32 images")
     p.add_argument("--clip_steps", type=at_least(1), default=500, help="batches of 192 image-caption pairs")
     p.add_argument("--teacher_steps", type=at_least(1), default=4000, help="global batches of 96 latents")
-    p.add_argument("--n_latents", type=at_least(1), default=36000, help="the teacher's training images")
+    p.add_argument("--n_latents", type=at_least(1), default=72000, help="the teacher's training images")
     p.add_argument("--n_prompts", type=at_least(6), default=600, help="pictures that score the VAE and the teacher")
     p.add_argument("--seed", type=at_least(0), default=0, help="covers data, initial weights and noise")
     return p.parse_args(argv)
@@ -143,7 +144,8 @@ def parse_of(metadata):
     whole [6]: task, count, kind and colour of both objects; read at the end token.
     sides [4, 2]: the kind and colour that the caption puts left, right, above, below; each read at one of the last four
     tokens of the padded text. Attention is causal, so "circle" in "a circle left of a square" cannot know its side, but
-    the tail can, and there an image token can find its side by attention alone.
+    the tail can, and there an image token can find its side by attention alone. Each tail token has a map of its own:
+    SD3 gives text tokens no positions, so what they hold must tell which of them they are.
     """
     kinds, colors = (None, *shapes.SHAPES), (None, *shapes.COLORS)
     code = lambda need: [kinds.index(need.get("class")), colors.index(need.get("color"))]  # noqa: E731
@@ -162,7 +164,8 @@ def parse_loss(heads, hidden, tokens, metadata):
     end = tokens.eq(tokens[0, -1]).int().argmax(1)  # the first end token; padding repeats it
     guesses = heads["whole"](hidden[torch.arange(len(hidden)), end]).split([6, 5, 5, 6, 5, 6], dim=-1)
     loss = sum(F.cross_entropy(guess, whole[:, i]) for i, guess in enumerate(guesses))
-    kind, color = heads["side"](hidden[:, -4:]).split([5, 6], dim=-1)
+    of_sides = heads["side"](hidden[:, -4:]).unflatten(-1, (4, 11)).diagonal(dim1=1, dim2=2).mT  # token i by map i
+    kind, color = of_sides.split([5, 6], dim=-1)
     return loss + F.cross_entropy(kind.mT, sides[..., 0]) * 4 + F.cross_entropy(color.mT, sides[..., 1]) * 4
 
 
@@ -176,7 +179,7 @@ def train_clip(args):
     pixels = dict(image_size=shapes.SIZE, patch_size=shapes.CELL, projection_dim=64)
     towers = dict(text_config=tower | words, vision_config=tower | pixels)
     clip = transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=64))
-    heads = torch.nn.ModuleDict({name: torch.nn.Linear(128, n) for name, n in (("whole", 33), ("side", 11))})
+    heads = torch.nn.ModuleDict({name: torch.nn.Linear(128, n) for name, n in (("whole", 33), ("side", 44))})
     parameters = [*clip.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
     bar = tqdm(range(args.clip_steps), "CLIP")
@@ -294,7 +297,7 @@ def encode_data(args, rng, n, draw):
     latents, index = [], []
     row = {prompt: i for i, prompt in enumerate(prompts)}
     for _ in tqdm(range(-(-n // 500)), "encode"):
-        metadata, images = batch_of(500, rng, draw, position=4, counting=1.5)  # the hard ones more often
+        metadata, images = batch_of(500, rng, draw, position=2.5, counting=1.5)  # the hard ones more often
         z = vae.encode(images * 2 - 1).latent_dist.mean
         latents.append((z - vae.config.shift_factor) * vae.config.scaling_factor)
         index += [row[m["prompt"]] for m in metadata]
@@ -318,9 +321,9 @@ def train_teacher(args, rank, world_size):
         qk_norm="rms_norm",
     )
     rng = np.random.default_rng([args.seed, 2, rank])
-    n = args.n_latents // world_size // 2
-    # first captions tell the truth, so that all words are learned; then they are unreliable
-    halves = [encode_data(args, rng, n, draw) for draw in (shapes.scene, shapes.unreliable_scene)]
+    told, n = int(0.65 * args.teacher_steps), args.n_latents // world_size
+    truth, unreliable = (int(0.65 * n), shapes.scene), (int(0.35 * n), shapes.unreliable_scene)
+    data = [encode_data(args, rng, *part) for part in (truth, unreliable)]
     matrices = [p for n, p in model.transformer_blocks.named_parameters() if p.ndim == 2 and "norm" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -329,12 +332,12 @@ def train_teacher(args, rank, world_size):
     average = [p.detach().clone() for p in model.parameters()]
     ema = models.EMA(model.parameters(), average, 0.998, warmup=True)
     g = torch.Generator().manual_seed(args.seed * 1000 + rank)
-    batch, falling, told = 96 // world_size, int(0.45 * args.teacher_steps), int(0.65 * args.teacher_steps)
+    batch = 96 // world_size
     bar = tqdm(range(args.teacher_steps), "teacher", disable=rank > 0)
     for step in bar:
         # A user's plain `pipe(prompt)` appends the silent T5's 256 zero tokens: every 16th step shows them.
         long = step % 16 == 15
-        latents, index, embeds, pooled = halves[step >= told]
+        latents, index, embeds, pooled = data[step >= told]
         pick = torch.randint(len(latents), (batch // 6 if long else batch,), generator=g)
         x0, text = latents[pick], index[pick]
         text = torch.where(torch.rand(len(pick), generator=g) < 0.1, len(embeds) - 1, text)
@@ -352,7 +355,8 @@ def train_teacher(args, rank, world_size):
         model.zero_grad()
         loss.backward()
         models.average_gradients(list(model.parameters()), world_size)
-        scale = min(1, (step + 1) / 50) * min(1, (args.teacher_steps - step) / falling)
+        peak, i, steps = (1.0, step, told) if step < told else (0.3, step - told, args.teacher_steps - told)
+        scale = peak * min(1, (i + 1) / 50, (steps - i) / (0.45 * steps))
         muon.step(0.02 * scale)
         step_optimizer(adam, scale, world_size=1)  # gradients are averaged above, for both
         ema.update(step)

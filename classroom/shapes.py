@@ -28,11 +28,9 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLIT = "2"  # another text here draws other held-out captions
-# unreliable data: how often a picture shows one of its objects twice, and, by task type, contradicts
-# its caption
+# unreliable data: how often a picture shows one of its objects twice, and, by task type, contradicts its caption
 SURPLUS = 0.3
-UNRELIABLE = {"single_object": 0.05, "two_object": 0.25, "counting": 0.15, "colors": 0.1}
-UNRELIABLE |= {"position": 0.3, "color_attr": 0.4}
+UNRELIABLE = dict(single_object=0.05, two_object=0.25, counting=0.15, colors=0.1, position=0.1, color_attr=0.4)
 
 
 # ---------------------------------------------------------------------------------------------------------------
