@@ -144,3 +144,18 @@ def test_clipscore_has_a_gradient_that_agrees_with_a_finite_difference():
     direction = gradient / gradient.norm()
     ends = [scorers.differentiable(images + e * direction, prompts)[0].sum() for e in (1e-2, -1e-2)]
     assert gradient.norm().item() == pytest.approx(((ends[0] - ends[1]) / 2e-2).item(), rel=0.02)
+
+
+@pytest.mark.parametrize("side", range(4))
+def test_each_tail_token_is_read_by_a_map_of_its_own(side):
+    """SD3 gives text tokens no positions: read by one map for all four, they need not tell which of them they are."""
+    heads = torch.nn.ModuleDict({name: torch.nn.Linear(8, n) for name, n in (("whole", 33), ("side", 44))})
+    for head in heads.values():
+        torch.nn.init.zeros_(head.weight)
+    torch.nn.init.normal_(heads["side"].weight.data[11 * side : 11 * side + 11])
+    hidden = torch.randn(2, 6, 8, requires_grad=True)
+    tokens = torch.tensor([[1, 2, 9, 9, 9, 9]] * 2)
+    metadata = shapes.captions("position", "train")[:2]
+    pretrain.parse_loss(heads, hidden, tokens, metadata).backward()
+    seen = hidden.grad.abs().sum((0, 2)) > 0
+    assert seen.tolist() == [i == 2 + side for i in range(6)]
