@@ -42,7 +42,7 @@ CLIP_RANGE = 1e-5  # of the policy's ratio; paper: 1e-5
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
 # The published weights, policy 1, dm 1e-3 and bp 1e-4, are not of like terms. The policy gradient follows noise, which
 # over a batch mostly cancels; L_G pulls on pictures more alike. What counts is the norm of an epoch's gradient, which
-# `tests/bench.py --signal` prints: about 4e-4 (policy), 2.3e-4 (L_G) and 2.1e-4 (R) with the classroom's weights.
+# `tests/bench.py --signal` prints: the classroom's weights bring the three to one size (table in classroom/README.md).
 # With the published rewards R is about 1.5 (CLIPScore, HPSv2, PickScore / 26), and a hinge with margin 3 just means -R.
 PRESETS = {
     "sana": dict(group_size=24, batch_size=9, batches=16),  # SD3.5's, not published for it; nor for prx
@@ -61,7 +61,7 @@ PRESETS = {
         batches=4,
         epochs=100,
         lr=1.5e-3,
-        lr_fake=4e-3,  # faster than the generator, or it is behind what it judges, and the leash swings (LOG.md)
+        lr_fake=4e-3,  # faster than the generator, or the leash lags and swings: classroom/LOG.md
         lr_decay=0.5,
         init_std=1 / 32,
         step_weights=(0.0, 2.0, 1.0),  # the first step's noise decides no reward here: always the other two
