@@ -586,7 +586,7 @@ def draw_rewards(gaps, path):
         axis.errorbar(images, means, errors, label=title, capsize=2)
     axis.axhline(0, color="black", linewidth=1, label="the control: no reward")
     axis.set(xlabel="images", ylabel="training reward (strict GenEval) less the control's")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))  # above the axes
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     return bool(gaps)
