@@ -40,6 +40,7 @@ import rewards  # noqa: E402
 from classroom import shapes  # noqa: E402
 from models import at_least, step_optimizer  # noqa: E402
 
+TRUE_SHARE = 0.65  # of the teacher's steps and pictures, whose captions are true; what follows is unreliable
 MAX_TOKENS = 14  # start token + at most 8 words + end token, and a tail of at least 4 that `parse_of` gives a use
 
 
@@ -321,9 +322,9 @@ def train_teacher(args, rank, world_size):
         qk_norm="rms_norm",
     )
     rng = np.random.default_rng([args.seed, 2, rank])
-    told, n = int(0.65 * args.teacher_steps), args.n_latents // world_size
-    truth, unreliable = (int(0.65 * n), shapes.scene), (int(0.35 * n), shapes.unreliable_scene)
-    data = [encode_data(args, rng, *part) for part in (truth, unreliable)]
+    told, n = int(TRUE_SHARE * args.teacher_steps), args.n_latents // world_size
+    n_true = int(TRUE_SHARE * n)
+    data = [encode_data(args, rng, n_true, shapes.scene), encode_data(args, rng, n - n_true, shapes.unreliable_scene)]
     matrices = [p for n, p in model.transformer_blocks.named_parameters() if p.ndim == 2 and "norm" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
