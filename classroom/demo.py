@@ -144,28 +144,22 @@ def run_stage(script, args, folder, *flags):
 
 
 def evaluate(scorers, metadata, real, name, nfe, draw):
-    """One row of the table: scores of every prompt, time, how varied the pictures are, and how they are distributed.
+    """One row of the table: scores of every prompt, and how the pictures are distributed.
 
-    draw(metadata, seed) makes a picture [3, 64, 64] of each caption, [N, 3, 64, 64] in [0, 1].
+    draw(metadata) makes a picture [3, 64, 64] of each caption, [N, 3, 64, 64] in [0, 1].
     """
-    start = time.perf_counter()
-    images = draw(metadata, 1)
-    ms = 1000 * (time.perf_counter() - start) / len(metadata)
+    images = draw(metadata)
     scores = {k: v.numpy() for k, v in scorers.score(images, [m["prompt"] for m in metadata], metadata).items()}
-    few = shapes.sample_prompts(24, 3, "test")
-    groups = draw([m for m in few for _ in range(8)], 2).reshape(24, 8, -1)
-    spread = torch.stack([torch.pdist(g).mean() / math.sqrt(g.shape[1]) for g in groups]).mean().item()
-    row = {"name": name, "nfe": nfe, "ms": ms, "spread": spread, "scores": scores, "images": images}
-    row |= distribution(scorers, images, metadata)
+    row = {"name": name, "nfe": nfe, "scores": scores, "images": images} | distribution(scorers, images, metadata)
     return row | {"distances": distances(row, real)}
 
 
 def sampler(backbone, name, role, sigmas, eta=0.9, guidance_scale=1.0):
     """(name, NFE, draw) of a way to sample, as `evaluate` takes them."""
 
-    def draw(metadata, seed):
+    def draw(metadata):
         prompts = [m["prompt"] for m in metadata]
-        return generate(backbone, prompts, sigmas, eta, guidance_scale, seed, batch_size=60, role=role)
+        return generate(backbone, prompts, sigmas, eta, guidance_scale, seed=1, batch_size=60, role=role)
 
     return name, (len(sigmas) - 1) * backbone.passes(guidance_scale), draw
 
@@ -226,7 +220,7 @@ def difference(a, b, column, real):
 def score_table(rows, metadata, real):
     """Lines of a markdown table, one row a sampler."""
     tags = np.array([m["tag"] for m in metadata])
-    table = [["sampler", "NFE", *HEAD, *DISTANCES, *shapes.TASKS, "diversity", "ms/image"]]
+    table = [["sampler", "NFE", *HEAD, *DISTANCES, *shapes.TASKS]]
     for row in rows:
         cells = [row["name"], str(row["nfe"])]
         means = [difference(row, None, c, real) for c in COLUMNS]
@@ -234,7 +228,7 @@ def score_table(rows, metadata, real):
         gaps = distance_difference(row, None, real)
         cells += [f"{d:.{k}f} ± {e:.{k}f}" for d, e, k in zip(*gaps, (2, 3, 3), strict=True)]
         cells += [f"{row['scores']['geneval_strict'][tags == t].mean():.2f}" for t in shapes.TASKS]
-        table.append([*cells, f"{row['spread']:.3f}", f"{row['ms']:.1f}"])
+        table.append(cells)
     return markdown(table)
 
 
@@ -255,7 +249,7 @@ def markdown(table):
 
 def write_table(path, lines, rows):
     """path.md, the lines; path.json, every prompt's scores."""
-    flat = [{k: row[k] for k in ("name", "nfe", "ms", "spread", "distances", "scores")} for row in rows]
+    flat = [{k: row[k] for k in ("name", "nfe", "distances", "scores")} for row in rows]
     path.with_suffix(".json").write_text(json.dumps(flat, default=np.ndarray.tolist) + "\n")
     text = "\n".join(lines) + "\n"
     path.with_suffix(".md").write_text(text, encoding="utf-8")
@@ -266,7 +260,7 @@ NOTES = """
 ± is the standard error by bootstrap over captions, over pictures in tasks of one or two captions;
 task columns are strict. FD: Fréchet distance of the classroom CLIP's pooled image features to as many
 real scenes of the same captions. Colour TV: total variation, from theirs, of the colours that captions
-leave open; cell TV: of the objects' places. Diversity: mean pixel distance of 8 pictures of one prompt."""
+leave open; cell TV: of the objects' places."""
 
 
 def rising(log, name="reward/geneval_strict"):
@@ -444,7 +438,7 @@ def report(args, rows=()):
     backbone.roles |= roles
     few, many, guidance = backbone.sigmas(), backbone.sigmas(28), models.BACKBONES["classroom"]["guidance"]
     samplers = [
-        ("real scenes, another draw", 0, shapes.pictures),
+        ("real scenes, another draw", 0, lambda metadata: shapes.pictures(metadata, 1)),
         sampler(backbone, TEACHER, "teacher", many, 0.0, guidance),
         sampler(backbone, FEW, "teacher", few),
         sampler(backbone, DMD2, DMD2, few, eta=1.0),
