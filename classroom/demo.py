@@ -23,6 +23,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -308,7 +309,7 @@ def draw_samples(rows, metadata, path, n=12, columns=6, zoom=2):
     ink = ImageDraw.Draw(sheet)
     for i in range(n):
         x, y = left + i % columns * side, i // columns * band
-        ink.multiline_text((x + 2, y + 6), two_lines(metadata[i]["prompt"]), "black")
+        ink.multiline_text((x + 2, y + 6), textwrap.fill(metadata[i]["prompt"], 24), "black")
         for j, row in enumerate(rows):
             at = x, y + top + j * side
             sheet.paste(enlarged(row["images"][i], zoom), at)
@@ -317,12 +318,6 @@ def draw_samples(rows, metadata, path, n=12, columns=6, zoom=2):
             if i % columns == 0:
                 ink.multiline_text((6, at[1] + 40), row["name"].replace(", ", "\n") + f"\n{row['nfe']} NFE", "black")
     sheet.save(path)
-
-
-def two_lines(prompt):
-    words = prompt.split()
-    half = (len(words) + 1) // 2
-    return " ".join(words[:half]) + "\n" + " ".join(words[half:])
 
 
 def enlarged(image, zoom):
@@ -348,7 +343,7 @@ def draw_steps(backbone, roles, metadata, path, n=6, zoom=2):
             ink.text((4, 4), f"step {j + 1} of {len(frames)}", "black")
             ink.text((4, top + row * side + 56), name, "black")
             for i, image in enumerate(images):
-                ink.multiline_text((left + i * side + 2, 6), two_lines(prompts[i]), "black")
+                ink.multiline_text((left + i * side + 2, 6), textwrap.fill(prompts[i], 24), "black")
                 frame.paste(enlarged(image, zoom), (left + i * side, top + row * side))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=[700, 700, 700, 2500], loop=0)
 
