@@ -1062,23 +1062,18 @@ class Scorers:
                 self.scorers.append(loaded.get(scorer) or scorer(self.files, device).to("cpu" if offload else device))
 
     @torch.no_grad()
-    def score(self, images, prompts, metadata=None, columns=None):
-        """{column: [B] float32 on the CPU}. images: [B, 3, H, W] in [0, 1], rounded here to 8 bits.
-
-        columns: those wanted (default: all that have a weight).
-        """
-        columns = list(self.weights) if columns is None else columns
+    def score(self, images, prompts, metadata=None):
+        """{column: [B] float32 on the CPU}. images: [B, 3, H, W] in [0, 1], rounded here to 8 bits."""
         metadata = [{}] * len(prompts) if metadata is None else metadata
         check_images(images, len(prompts))
-        check_prompts(list(zip(prompts, metadata, strict=True)), columns, self.reward_dir, self.files)
-        rows = {name: torch.empty(len(prompts)) for name in columns}
+        check_prompts(list(zip(prompts, metadata, strict=True)), self.weights, self.reward_dir, self.files)
+        rows = {name: torch.empty(len(prompts)) for name in self.weights}
         size = self.batch_size or max(1, len(prompts))
         for scorer in self.scorers:
-            wanted = set(columns) & set(scorer.columns)
-            for b in range(0, len(prompts) if wanted else 0, size):
+            for b in range(0, len(prompts), size):
                 part = slice(b, b + size)
                 scores = self.call(scorer, rounded(images[part].to(self.device)), prompts[part], metadata[part])
-                for name in wanted:
+                for name in rows.keys() & scores:
                     rows[name][part] = scores[name].float().cpu()
             if self.offload:
                 scorer.to("cpu")

@@ -6,7 +6,7 @@
     python sample.py --sampler student                                                what the student began as
 
     torchrun --nproc_per_node=8 sample.py --model sd35 --lora ... --prompts drawbench.txt --reward_dir weights \
-        --eval pickscore,hpsv2,aesthetic,imagereward,geneval,ocr --eval_prompts geneval=geneval.jsonl,ocr=ocr.txt
+        --eval pickscore,hpsv2,aesthetic,imagereward
 
 --sampler student (the default with a --lora): the few-step schedule, 4 CPS steps at eta 0.9, no guidance. --sampler
 teacher (else): the pipeline's own schedule, 28 Euler steps, guided; of FLUX.2, the base's weights. --steps, --eta and
@@ -21,7 +21,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -48,7 +47,7 @@ def parse_args(argv=None):
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
     add("--prompts", type=models.path, help=".txt, .jsonl, .json, .csv or .tsv (default: classroom captions, held out)")
     add("--n_images", type=at_least(1), help="the first n prompts (classroom default 48, else all of the file)")
-    add("--per_prompt", type=at_least(1), help='pictures of each prompt (default: its "n" in the file, else 1)')
+    add("--per_prompt", type=at_least(1), default=1, help="pictures of each prompt")
     how = "student: few CPS steps; teacher: the pipeline's own, guided (default: student with --lora, else teacher)"
     add("--sampler", choices=("student", "teacher"), help=how)
     add("--steps", type=at_least(1), help="from noise to picture (default: student 4, teacher 28)")
@@ -57,7 +56,6 @@ def parse_args(argv=None):
     add("--export", type=models.path, help="write the transformer, adapters merged in, to this new folder, and stop")
     add("--export_lora", type=models.path, help="write the adapters as one to this new .safetensors file, and stop")
     add("--eval", type=rewards.parse_weights, default={}, help="rewards to report, name=weight,...: clipscore,ocr=0.5")
-    add("--eval_prompts", help="prompt files of single rewards, name=FILE,...; the others see --prompts")
     add("--fd_reference", type=models.path, help="folder of pictures: Frechet distance to them in CLIP's features")
     add("--reward_dir", type=models.path, help="folder with reward weights that are not taken from the hub")
     add("--reward_batch_size", type=at_least(1), help="images a scorer takes at once (default: --batch_size)")
@@ -126,17 +124,16 @@ def generate(
 
 
 def summarize(entries, weights):
-    """Mean, standard error and per-task means of every column over the entries that have it, and the weighted mean.
+    """Mean, standard error and per-task means of every column, and the weighted mean.
 
     The error is over prompts: pictures of one prompt are no independent draws, so their mean counts once.
     """
-    table = {}
+    table, prompts = {}, [e["prompt"] for e in entries]
+    tags = [e.get("tag") if isinstance(e.get("tag"), str) else None for e in entries]  # a file's own may be anything
     for name in weights:
-        rows = [(e["scores"][name], e.get("tag"), e["prompt"]) for e in entries if name in e["scores"]]
-        values = np.array([value for value, _, _ in rows])
-        tags = [tag if isinstance(tag, str) else None for _, tag, _ in rows]  # a file's own may be anything
+        values = np.array([e["scores"][name] for e in entries])
         tasks = {t: float(values[[x == t for x in tags]].mean()) for t in dict.fromkeys(tags) if t}
-        means = rewards.prompt_means([prompt for _, _, prompt in rows], values)
+        means = rewards.prompt_means(prompts, values)
         error = float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else None
         table[name] = dict(mean=float(values.mean()), error=error, n=len(values), prompts=len(means), tasks=tasks)
         if tasks:  # the benchmark's overall score: task types count alike, however many prompts they have
@@ -146,69 +143,37 @@ def summarize(entries, weights):
 
 
 def report(summary):
-    """The summary as an aligned text table; a column that has no entry is left out."""
-    rows, tasks = [], {}
+    """The summary as an aligned text table."""
+    table = [["reward", "n", "prompts", "mean", "+-"]]
     for name, row in summary["rewards"].items():
-        of_tasks = {("task", task): mean for task, mean in row["tasks"].items()}  # a file may call one "mean"
-        tasks |= of_tasks
-        numbers = {"mean": row["mean"], "+-": row["error"], "task mean": row.get("task_mean"), **of_tasks}
-        cells = {"reward": name, "n": row["n"]} | {key: f"{x:.3f}" for key, x in numbers.items() if x is not None}
-        cells |= {"prompts": row["prompts"]} if row["prompts"] != row["n"] else {}
-        rows.append({"+-": "–"} | cells)  # of one prompt there is no error
-    rows.append({"reward": "weighted mean", "mean": f"{summary['weighted_mean']:.3f}"})
-    shown = ("reward", "n", "prompts", "mean", "+-", "task mean", *tasks)
-    shown = [key for key in shown if any(key in row for row in rows)]
-    columns = [[key if isinstance(key, str) else key[1], *(str(row.get(key, "")) for row in rows)] for key in shown]
-    widths = [max(map(len, column)) for column in columns]
-    lines = zip(*columns, strict=True)
-    return "\n".join("  ".join([f"{a:{widths[0]}}", *map(str.rjust, row, widths[1:])]).rstrip() for a, *row in lines)
+        tasks = [("task mean", row["task_mean"]), *row["tasks"].items()] if row["tasks"] else []
+        numbers = [row["mean"], row["error"], *(mean for _, mean in tasks)]
+        cells = ["–" if x is None else f"{x:.3f}" for x in numbers]  # of one prompt there is no error
+        table.append([name, str(row["n"]), str(row["prompts"]), *cells])
+    table[0] += [task for task, _ in tasks]  # the same of all rewards
+    table.append(["weighted mean", "", "", f"{summary['weighted_mean']:.3f}", *[""] * (1 + len(tasks))])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join([f"{a:{widths[0]}}", *map(str.rjust, row, widths[1:])]).rstrip() for a, *row in table)
 
 
-def prompt_sets(args):
-    """[(pairs of prompt and metadata, columns to score on them)]: --prompts, then each file of --eval_prompts."""
-    weights = dict(args.eval)  # a model's further columns are reported beside the one asked for, without weight
-    for name in args.eval:
-        weights |= {column: weights.get(column, 0.0) for column in rewards.SCORERS[name].columns}
-    routed = {}  # column -> its own prompt file
-    for item in args.eval_prompts.split(",") if args.eval_prompts else []:
-        name, _, file = item.strip().partition("=")
-        if name not in args.eval or not file:
-            asked = ", ".join(args.eval) or "nothing"
-            raise models.UserError(f"--eval_prompts {item}: write name=FILE for a reward of --eval ({asked})")
-        if name in routed:
-            raise models.UserError(f"--eval_prompts {item}: that scorer has a file already")
-        routed |= dict.fromkeys(rewards.SCORERS[name].columns, models.path(file))
-    rest = [column for column in weights if column not in routed]
-    sets = []
+def prompts_of(args, columns):
+    """[(prompt, metadata)] of the pictures to make; refused where a scorer of the columns needs more."""
     if args.prompt:
-        sets.append(([(prompt, {"prompt": prompt}) for prompt in args.prompt], rest))
+        pairs = [(prompt, {"prompt": prompt}) for prompt in args.prompt]
     elif args.prompts:
-        sets.append((rewards.read_prompts(args.prompts), rest))
-    elif rest or not weights:
-        if args.model != "classroom":
-            raise models.UserError(f"--model {args.model} needs --prompts FILE or --prompt TEXT")
+        pairs = rewards.read_prompts(args.prompts)
+    elif args.model == "classroom":
         from classroom.shapes import sample_prompts
 
-        sets.append(([(m["prompt"], m) for m in sample_prompts(args.n_images or 48, args.seed, "heldout")], rest))
-    for file in dict.fromkeys(routed.values()):
-        columns = [column for column in weights if routed.get(column) == file]
-        sets.append((rewards.read_prompts(file), columns))
-    for i, (pairs, columns) in enumerate(sets):
-        if len(pairs) < (args.n_images or 0) and os.environ.get("RANK", "0") == "0":
-            more = "--per_prompt gives more pictures of each"
-            print(f"--n_images {args.n_images}, but the number of prompts is {len(pairs)}; {more}")
-        pairs = pairs[: args.n_images]
-        rewards.check_prompts(pairs, columns, args.reward_dir)
-        sets[i] = ([pair for pair in pairs for _ in range(args.per_prompt or times(*pair))], columns)
-    return sets, weights
-
-
-def times(prompt, metadata):
-    """How many pictures a prompt's file asks for: its "n"."""
-    n = metadata.get("n", 1)
-    if not re.fullmatch(r"[1-9]\d*", str(n)):
-        raise models.UserError(f'prompt {prompt!r}: its "n", {n!r}, is no number of pictures (--per_prompt is)')
-    return int(n)
+        pairs = [(m["prompt"], m) for m in sample_prompts(args.n_images or 48, args.seed, "heldout")]
+    else:
+        raise models.UserError(f"--model {args.model} needs --prompts FILE or --prompt TEXT")
+    if len(pairs) < (args.n_images or 0) and os.environ.get("RANK", "0") == "0":
+        more = "--per_prompt gives more pictures of each"
+        print(f"--n_images {args.n_images}, but the number of prompts is {len(pairs)}; {more}")
+    pairs = pairs[: args.n_images]
+    rewards.check_prompts(pairs, columns, args.reward_dir)
+    return [pair for pair in pairs for _ in range(args.per_prompt)]
 
 
 def check_writable(folder):
@@ -241,10 +206,12 @@ def main(args):
         if rank == 0:
             export_lora(stack, args) if args.export_lora else export(load(args, device, None), target)
         return
-    sets, weights = prompt_sets(args)
-    if args.fd_reference and sum(len(pairs) for pairs, _ in sets) < 2:
+    # a model's further columns are reported beside the one asked for, without weight
+    weights = {column: args.eval.get(column, 0.0) for name in args.eval for column in rewards.SCORERS[name].columns}
+    pairs = prompts_of(args, weights)
+    if args.fd_reference and len(pairs) < 2:
         raise models.UserError("--fd_reference compares sets of pictures: ask for 2 or more (--n_images, --per_prompt)")
-    args.out, done, call = models.gather([choose_out(args, [sets, adapters])], world_size)[0]
+    args.out, done, call = models.gather([choose_out(args, [pairs, adapters])], world_size)[0]
     check_writable(args.out)
     scorers = None
     if weights or args.fd_reference:
@@ -258,24 +225,19 @@ def main(args):
     few_steps = [1000 * (1 - i / args.steps) for i in range(args.steps)]  # 4: models.FEW_STEPS
     sigmas = backbone.sigmas(few_steps if args.sampler == "student" else args.steps)
 
-    # a batch holds prompts of one set, and goes to one process whole: the arithmetic does not depend on how many
-    batches, start = [], 0
-    for pairs, columns in sets:
-        for b in range(0, len(pairs), args.batch_size):
-            part = pairs[b : b + args.batch_size]
-            batches.append((range(start + b, start + b + len(part)), part, columns))
-        start += len(pairs)
-    batches = [batch for batch in batches if not all(i in done for i in batch[0])]
+    # a batch goes to one process whole: the arithmetic does not depend on how many there are
+    batches = [range(b, min(b + args.batch_size, len(pairs))) for b in range(0, len(pairs), args.batch_size)]
+    batches = [batch for batch in batches if not all(i in done for i in batch)]
     reference = scorers.features_of_folder(args.fd_reference) if args.fd_reference and rank == 0 else None
     record, seconds = args.out / "scores.jsonl", 0.0
     record.touch()
-    for indices, pairs, columns in tqdm(batches[rank::world_size], "images", unit="batch", disable=rank > 0):
-        prompts, metadata = [prompt for prompt, _ in pairs], [m for _, m in pairs]
+    for indices in tqdm(batches[rank::world_size], "images", unit="batch", disable=rank > 0):
+        prompts, metadata = map(list, zip(*(pairs[i] for i in indices), strict=True))
         begin = time.perf_counter()
         options = dict(batch_size=len(prompts), indices=indices)
         images = generate(backbone, prompts, sigmas, args.eta, args.guidance_scale, args.seed, **options)
         seconds += time.perf_counter() - begin
-        scores = scorers.score(images, prompts, metadata, columns) if columns else {}
+        scores = scorers.score(images, prompts, metadata) if weights else {}
         for j, i in enumerate(indices):
             done[i] = {**metadata[j], "scores": {name: values[j].item() for name, values in scores.items()}}
         lines = [json.dumps({"index": i, "call": call, "entry": done[i]}) + "\n" for i in indices]
@@ -289,7 +251,7 @@ def main(args):
         return
     done = {i: entry for part, _ in parts for i, entry in part.items()}
     entries = [done[i] for i in sorted(done)]
-    ms = 1000 * sum(part[1] for part in parts) / max(1, sum(len(indices) for indices, _, _ in batches))
+    ms = 1000 * sum(part[1] for part in parts) / max(1, sum(map(len, batches)))
     nfe = (len(sigmas) - 1) * backbone.passes(args.guidance_scale)
     how = f"{args.steps} CPS steps, eta {args.eta}" if args.eta else f"{args.steps} Euler steps"
     how += f", guidance {args.guidance_scale}" if args.guidance_scale > 1 else ", no guidance"

@@ -677,7 +677,6 @@ BAD = {  # command -> what the one line on standard error must say
     "sample.py --out {tmp}/plain.txt/run": "cannot write to",
     "sample.py --seed -1": "argument --seed: -1: must be at least 0",
     "sample.py --guidance_scale nan": "argument --guidance_scale: nan: must be a finite number",
-    "sample.py --eval geneval --eval_prompts geneval=a,geneval=b": "geneval=b: that scorer has a file already",
     "acdmd.py --sample_every -1": "argument --sample_every: -1: must be at least 0",
     "rtdmd.py --distilled {acdmd} --reward_margin nan": "argument --reward_margin: nan: must be a finite number",
     "acdmd.py --steps 2 --rank 4 --resume {acdmd}": "--steps 2: the run is at 4 already",
