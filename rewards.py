@@ -32,6 +32,7 @@ import transformers
 from PIL import Image, ImageOps
 
 import models
+from classroom import shapes
 from models import UserError
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -342,9 +343,7 @@ class GenEval(nn.Module):
     def __init__(self, weights, device):
         super().__init__()
         if is_classroom(weights.reward_dir):
-            from classroom.shapes import detect
-
-            self.detect = lambda images, metadata: detect(eight_bits(images))
+            self.detect = lambda images, metadata: shapes.detect(eight_bits(images))
         else:
             self.detect = ObjectDetector(weights)
 
@@ -1202,9 +1201,7 @@ class HeldOut:
             raise UserError("--eval_every needs --eval_prompts FILE, of prompts that are not trained on")
         self.every, self.pairs = args.eval_every, read_prompts(args.eval_prompts) if args.eval_prompts else None
         if self.pairs is None:
-            from classroom.shapes import sample_prompts
-
-            self.pairs = [(m["prompt"], m) for m in sample_prompts(240, 0, "validation")]
+            self.pairs = [(m["prompt"], m) for m in shapes.sample_prompts(240, 0, "validation")]
         check_prompts(self.pairs, args.eval_rewards, args.reward_dir)
         size = args.reward_batch_size or args.batch_size
         options = (args.reward_dir, size, args.offload_rewards, shared)
@@ -1214,10 +1211,9 @@ class HeldOut:
         if args.fd_reference:
             self.reference = self.scorers.features_of_folder(args.fd_reference)
         elif args.model == "classroom" and len(self.pairs) > 1:
-            from classroom.shapes import COLORS, SHAPES, pictures
-
-            if not any(geneval_fault(m, SHAPES, COLORS) for _, m in self.pairs):  # plain texts cannot be drawn
-                self.reference = self.scorers.features(pictures([m for _, m in self.pairs], seed=5))
+            metadata = [m for _, m in self.pairs]
+            if not any(geneval_fault(m, shapes.SHAPES, shapes.COLORS) for m in metadata):  # plain texts cannot be drawn
+                self.reference = self.scorers.features(shapes.pictures(metadata, seed=5))
 
     def score(self, images, indices):
         """[(index, ({reward: score}, features))] of pictures [B, 3, H, W] of the prompts with these indices."""
@@ -1315,9 +1311,7 @@ ROWS |= {".csv": functools.partial(sheet_rows, delimiter=","), ".tsv": functools
 
 def classroom_prompts(**repeat):
     """[(prompt, metadata)] of the classroom's training captions, task types interleaved; repeat: {task: how often}."""
-    from classroom.shapes import TASKS, captions
-
-    columns = [captions(task, "train") for task in TASKS for _ in range(repeat.get(task, 1))]
+    columns = [shapes.captions(task, "train") for task in shapes.TASKS for _ in range(repeat.get(task, 1))]
     longest = max(len(c) for c in columns)
     return [(c[i % len(c)]["prompt"], c[i % len(c)]) for i in range(longest) for c in columns]
 
@@ -1350,10 +1344,7 @@ def pick_prompts(pairs, n, g):
 def check_prompts(pairs, columns, reward_dir=None, files=None):
     """Raise a UserError if a prompt lacks what a scorer will need. files: the scorers' `Weights`, if there are some."""
     need = {SCORERS[find_scorer(name)] for name in columns}
-    classes, colors = COCO, COLORS
-    if GenEval in need and is_classroom(reward_dir):
-        from classroom.shapes import COLORS as colors
-        from classroom.shapes import SHAPES as classes
+    classes, colors = (shapes.SHAPES, shapes.COLORS) if is_classroom(reward_dir) else (COCO, COLORS)
     for number, (prompt, metadata) in enumerate(pairs, 1):
         if GenEval in need:
             wrong = geneval_fault(metadata, classes, colors)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import models
 import rewards
+from classroom import shapes
 from models import at_least, between
 
 
@@ -163,9 +164,7 @@ def prompts_of(args, columns):
     elif args.prompts:
         pairs = rewards.read_prompts(args.prompts)
     elif args.model == "classroom":
-        from classroom.shapes import sample_prompts
-
-        pairs = [(m["prompt"], m) for m in sample_prompts(args.n_images or 48, args.seed, "heldout")]
+        pairs = [(m["prompt"], m) for m in shapes.sample_prompts(args.n_images or 48, args.seed, "heldout")]
     else:
         raise models.UserError(f"--model {args.model} needs --prompts FILE or --prompt TEXT")
     if len(pairs) < (args.n_images or 0) and os.environ.get("RANK", "0") == "0":
