@@ -44,19 +44,19 @@ COLUMNS = {"geneval_strict": 1.0, "geneval": 1.0, "clipscore": 1.0}
 HEAD = ["GenEval strict", "GenEval graded", "CLIPScore"]
 DISTANCES = ["FD", "colour TV", "cell TV"]
 TEACHER, FEW, DMD2 = "teacher, 28 steps guided", "teacher, 4 CPS steps", "DMD2"
-# folder: the stage, its flags, and what is missing then
+# folder: the full method, the ablation as the tables call it, and its flags
 CONTROL = "no_reward"
 ABLATIONS = {
-    CONTROL: ("rtdmd.py", "--policy_weight 0 --bp_weight 0", "no reward (the control)"),
-    "no_policy": ("rtdmd.py", "--policy_weight 0", "no policy gradient"),
-    "no_backprop": ("rtdmd.py", "--bp_weight 0", "no reward back-propagation"),
-    "no_leash": ("rtdmd.py", "--dm_weight 0", "no distribution matching"),
-    "policy_alone": ("rtdmd.py", "--dm_weight 0 --bp_weight 0", "policy gradient alone (GRPO)"),
-    "backprop_alone": ("rtdmd.py", "--dm_weight 0 --policy_weight 0", "back-propagation alone (ReFL, DRaFT)"),
-    "all_steps": ("rtdmd.py", "--n_chosen 3 --step_weights 1,1,1", "all stochastic steps, alike"),
-    "no_consistency": ("acdmd.py", "--gamma 0", "no consistency term"),
-    "plain_dmd": ("acdmd.py", "--plain_dmd", "no sub-intervals"),
-    "dmd2": ("acdmd.py", "--plain_dmd --eta 1", "DMD2"),
+    CONTROL: ("RTDMD", "RTDMD, no reward (the control)", "--policy_weight 0 --bp_weight 0"),
+    "no_policy": ("RTDMD", "RTDMD, no policy gradient", "--policy_weight 0"),
+    "no_backprop": ("RTDMD", "RTDMD, no reward back-propagation", "--bp_weight 0"),
+    "no_leash": ("RTDMD", "RTDMD, no distribution matching", "--dm_weight 0"),
+    "policy_alone": ("RTDMD", "RTDMD, policy gradient alone (GRPO)", "--dm_weight 0 --bp_weight 0"),
+    "backprop_alone": ("RTDMD", "RTDMD, back-propagation alone (ReFL, DRaFT)", "--dm_weight 0 --policy_weight 0"),
+    "all_steps": ("RTDMD", "RTDMD, all stochastic steps, alike", "--n_chosen 3 --step_weights 1,1,1"),
+    "no_consistency": ("AC-DMD", "AC-DMD, no consistency term", "--gamma 0"),
+    "plain_dmd": ("AC-DMD", "AC-DMD, no sub-intervals", "--plain_dmd"),
+    "dmd2": ("AC-DMD", "AC-DMD, DMD2", "--plain_dmd --eta 1"),
 }
 LENGTHS = {
     "quick": dict(out=Path("out/quick"), acdmd_steps=200, rtdmd_epochs=40, n_prompts=300),
@@ -464,14 +464,12 @@ def ablations(args):
             raise models.UserError(f"{run} has seed {was['seed']}: add --seed {was['seed']}")
     roles, eta = {"AC-DMD": ("acdmd",), "RTDMD": ("acdmd", "rtdmd")}, {}
     for name in args.only:
-        script, flags, missing = ABLATIONS[name]
+        full, label, flags = ABLATIONS[name]
         run = args.out / "ablations" / name
-        run_stage(script, args, run, *flags.split(), "--eval_every", 0)
-        if script == "acdmd.py":
-            folders[name], roles[f"AC-DMD, {missing}"] = run / "final" / "generator_ema", (name,)
-            eta[f"AC-DMD, {missing}"] = json.loads((run / "args.json").read_text())["eta"]
-        else:
-            folders[name], roles[f"RTDMD, {missing}"] = run / "final" / "rl_ema", ("acdmd", name)
+        run_stage("acdmd.py" if full == "AC-DMD" else "rtdmd.py", args, run, *flags.split(), "--eval_every", 0)
+        folders[name] = run / "final" / ("generator_ema" if full == "AC-DMD" else "rl_ema")
+        roles[label] = (name,) if full == "AC-DMD" else ("acdmd", name)
+        eta[label] = json.loads((run / "args.json").read_text())["eta"]
     backbone, scorers = load_adapters(folders)
     backbone.roles |= roles
     metadata = shapes.sample_prompts(args.n_prompts, 0, "test")
@@ -481,17 +479,11 @@ def ablations(args):
     lines = [f"# Without a part of the method: {len(metadata)} held-out prompts, same seeds", ""]
     lines += score_table(rows, metadata, real)
     by_name = {row["name"]: row for row in rows}
-    pairs = [(f"{name} `{flags}`", by_name[name], by_name[full]) for full, name, flags in labels(args.only)]
+    chosen = [ABLATIONS[name] for name in args.only]
+    pairs = [(f"{label} `{flags}`", by_name[label], by_name[full]) for full, label, flags in chosen]
     lines += ["", "Without the part, minus the full method; one training run each:", ""]
     write_table(args.out / "ablations", [*lines, *difference_table(pairs, real)], rows)
     return ["ablations.md"]
-
-
-def labels(names):
-    """(the full method's row, the ablation's row, its flags) of each."""
-    for script, flags, missing in (ABLATIONS[name] for name in names):
-        full = "AC-DMD" if script == "acdmd.py" else "RTDMD"
-        yield full, f"{full}, {missing}", flags
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -515,7 +507,7 @@ def summary(args):
     lines = [f"# Means of {len(runs)} runs: " + ", ".join(map(str, args.runs)), ""]
     lines += markdown([head, *([name, *over_runs(runs, name, None, draws)] for name in common)])
     pairs = [("RTDMD", "AC-DMD"), ("RTDMD", TEACHER), ("AC-DMD", DMD2)]
-    pairs += [(name, full) for full, name, _ in labels(ABLATIONS) if name in common]
+    pairs += [(name, full) for full, name, _ in ABLATIONS.values() if name in common]
     gaps = [[f"{a} − {b}", *over_runs(runs, a, b, draws)] for a, b in pairs]
     lines += ["", *markdown([["paired difference", *head[1:]], *gaps])]
     lines += ["", "±: standard errors over runs and, of GenEval and CLIPScore, over captions, added as squares."]
@@ -548,7 +540,7 @@ def reward_gaps(runs, name="reward/geneval_strict", blocks=12):
     Means over runs and blocks of epochs; errors are of a block's paired differences. The control itself is left out.
     """
     variants = {"RTDMD": "rtdmd"}
-    variants |= {ABLATIONS[n][2]: f"ablations/{n}" for n in ABLATIONS if ABLATIONS[n][0] == "rtdmd.py" and n != CONTROL}
+    variants |= {of[1]: f"ablations/{name}" for name, of in ABLATIONS.items() if of[0] == "RTDMD" and name != CONTROL}
 
     def rewards_of(file):
         rows = map(json.loads, file.read_text().splitlines())

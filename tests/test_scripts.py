@@ -408,7 +408,7 @@ def test_demo_from_start_to_report_ablations_and_summary(tmp_path, monkeypatch):
     names = ("no_reward", "no_leash", "dmd2")
     demo.main(demo.parse_args([*flags, "--stages", "ablations", "--only", *names]))
     text = (run / "ablations.md").read_text()
-    for _, name, of in demo.labels(names):
+    for _, name, of in map(demo.ABLATIONS.get, names):
         assert f"| {name} | 4 |" in text and f"| {name} `{of}` |" in text
     report, rows = (json.loads((run / f"{name}.json").read_text()) for name in ("report", "ablations"))
     assert [row["scores"] for row in report[-2:]] == [row["scores"] for row in rows[:2]]  # the full methods
@@ -460,7 +460,7 @@ def test_reward_gaps_subtract_the_control_epoch_by_epoch(tmp_path):
         (tmp_path / folder / "log.jsonl").write_text("".join(lines))
     (tmp_path / "rtdmd/args.json").write_text(json.dumps({"batch_size": 4, "batches": 2, "world size": 3}))
     gaps = demo.reward_gaps([tmp_path], blocks=6)
-    assert set(gaps) == {"RTDMD", "no policy gradient"}
+    assert set(gaps) == {"RTDMD", "RTDMD, no policy gradient"}
     images, means, errors = gaps["RTDMD"]
     assert images.tolist() == [24 * (4 * k + 2) for k in range(6)]
     assert np.allclose(means, [0.01 * (4 * k + 1.5) for k in range(6)]) and max(errors) < 0.02
