@@ -203,7 +203,6 @@ def train_clip(args):
             clip.logit_scale.clamp_(max=math.log(30))
         if step % 20 == 0:
             bar.set_postfix(contrastive=f"{contrastive.item():.3f}", parse=f"{parse.item():.3f}")
-    clip_report(clip, tokenizer, rng)
     size = {"height": shapes.SIZE, "width": shapes.SIZE}
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": shapes.SIZE}, crop_size=size)
     transformers.CLIPProcessor(processor, tokenizer).save_pretrained(args.out / "clip")
@@ -232,20 +231,6 @@ def silent_t5(vocab_size):
     model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=vocab_size, **sizes))
     torch.nn.init.zeros_(model.encoder.final_layer_norm.weight)
     return model
-
-
-@torch.no_grad()
-def clip_report(clip, tokenizer, rng):
-    """Cosines of true and shuffled pairs on validation captions."""
-    metadata = shapes.sample_prompts(600, 7, "validation")
-    images, tokens = shapes.pictures(metadata, rng), tokenize(tokenizer, [m["prompt"] for m in metadata])
-    text = F.normalize(clip.get_text_features(tokens).pooler_output, dim=-1)
-    image = F.normalize(clip.get_image_features(rewards.normalize(images)).pooler_output, dim=-1)
-    cosines = image @ text.T
-    different = torch.tensor([[a["include"] != b["include"] for b in metadata] for a in metadata])
-    true = cosines.diagonal()
-    wins = (true[:, None] > cosines)[different].float().mean()
-    print(f"CLIP: held-out true pairs {true.mean():.3f}, others {cosines[different].mean():.3f}, pairwise {wins:.4f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
