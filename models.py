@@ -1261,7 +1261,12 @@ def needs_checkpointing(backbone, setting, samples):
         return setting == "on"
     if any(isinstance(p, DTensor) for p in backbone.transformer.parameters()):
         return True
-    need = torch.tensor(samples * saved_bytes(backbone) / torch.cuda.mem_get_info(backbone.device)[0])
+    x, cond = torch.randn(1, *backbone.latent_shape, device=backbone.device), backbone.encode([""])
+    v = backbone.velocity("generator", x.requires_grad_(), 0.5, cond)
+    kept = torch.cuda.memory_allocated(backbone.device)
+    del v  # and with it all that its backward would need
+    kept -= torch.cuda.memory_allocated(backbone.device)
+    need = torch.tensor(samples * kept / torch.cuda.mem_get_info(backbone.device)[0])
     if dist.is_initialized():
         dist.all_reduce(need, dist.ReduceOp.MAX)
     return bool(need > 0.7)
@@ -1280,24 +1285,6 @@ def set_up_blocks(backbone, checkpointing, samples, compiled):
             enable_checkpointing(network)
     if compiled:
         compile_blocks(backbone)
-
-
-def saved_bytes(backbone):
-    """Bytes that a forward of one sample keeps for its backward, weights aside."""
-    weights = {p.untyped_storage().data_ptr() for network in backbone.networks() for p in network.parameters()}
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    x, cond = torch.randn(1, *backbone.latent_shape, device=backbone.device), backbone.encode([""])
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        v = backbone.velocity("generator", x.requires_grad_(), 0.5, cond)  # the graph must live until all is counted
-    del v
-    return sum(saved.values())
 
 
 def enable_checkpointing(transformer):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 
+import bench
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -99,7 +100,7 @@ def test_teacher_is_bit_identical_through_training_and_the_base_is_held_once(bac
 
 def test_a_base_in_8_bits_is_the_rounded_one_and_adapters_stay_exact():
     """Against a network whose weights are the 8-bit numbers times their scales, in float32."""
-    x, grads = torch.randn(3, *models.load("classroom").latent_shape, generator=models.seeded("x")), {}
+    x, grads, kept = torch.randn(3, *models.load("classroom").latent_shape, generator=models.seeded("x")), {}, {}
     for kind in ("float32", "rounded", "8 bits"):
         backbone = models.load("classroom", frozen_dtype=None if kind == "float32" else "float8_e4m3fn")
         layers = [m for m in backbone.transformer.modules() if type(m) is models.Float8Linear]
@@ -111,14 +112,14 @@ def test_a_base_in_8_bits_is_the_rounded_one_and_adapters_stay_exact():
         for B in parameters[1::2]:
             torch.nn.init.normal_(B, std=0.01, generator=models.seeded("b"))
         backbone.roles["generator"] = ("a",)
-        v = backbone.velocity("generator", x.requires_grad_(), 0.7, backbone.encode(PROMPTS))
+        cond = backbone.encode(PROMPTS)
+        with bench.LiveBytes(backbone.transformer) as live:
+            v = backbone.velocity("generator", x.requires_grad_(), 0.7, cond)
+        kept[kind] = live.now
         grads[kind] = [v.detach(), *torch.autograd.grad(v.square().sum(), [x, *parameters])]
-        if kind != "float32":
-            grads[kind].append(models.saved_bytes(backbone))
-    *rounded, kept = grads["rounded"]
-    for a, b in zip(grads["8 bits"], rounded, strict=False):
+    for a, b in zip(grads["8 bits"], grads["rounded"], strict=True):
         torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
-    assert grads["8 bits"][-1] <= 1.1 * kept  # the converted weights do not wait for the backward
+    assert kept["8 bits"] <= 1.1 * kept["rounded"]  # the converted weights do not wait for the backward
     gap = (grads["8 bits"][0] - grads["float32"][0]).norm() / grads["float32"][0].norm()
     assert 1e-3 < gap < 0.05
 
@@ -548,19 +549,6 @@ def test_a_saved_stack_loads_in_diffusers_and_gives_the_same_image(backbone, tmp
     with torch.no_grad():
         assert (backbone.decode(latents) - want).abs().max() < 1e-4
         assert (backbone.decode(plain) - want).abs().max() > 1e-2
-
-
-def test_saved_bytes_grow_with_what_a_backward_needs(backbone):
-    """Against the memory of the graph by hand: a checkpointed forward keeps the blocks' inputs only."""
-    whole = models.saved_bytes(backbone)
-    models.enable_checkpointing(backbone.transformer)
-    try:
-        less = models.saved_bytes(backbone)
-    finally:
-        backbone.transformer.disable_gradient_checkpointing()
-    tokens = 16 + len(backbone.encode([""])["encoder_hidden_states"][0])
-    assert whole > 5 * less > 0
-    assert 10 < whole / (4 * tokens * 128 * 4) < 60  # 10 to 60 numbers a token, layer and channel (width 128, 4 layers)
 
 
 def test_checkpointing_is_automatic_on_gpus_only(backbone):
