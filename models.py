@@ -757,31 +757,21 @@ def parse_with_preset(p, presets, argv=None):
     return args
 
 
-def at_least(least):
-    """A flag's type: a whole number of at least `least`."""
-
-    def whole(text):
-        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
-            raise UserError(f"{text}: must be at least {least}, a whole number")
-        return int(text)
-
-    return whole
-
-
-def between(low, high=math.inf):
-    """A flag's type: a finite number, from `low` to `high`."""
+def between(low, high=math.inf, kind=float):
+    """A flag's type: a finite number from `low` to `high`; with kind=int a whole one."""
 
     def number(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            allowed = "" if low == -math.inf else f", at least {low}" if high == math.inf else f", {low} to {high}"
-            raise UserError(f"{text}: must be a finite number{allowed}")
-        return value
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high and abs(value) < math.inf:
+                return value
+        allowed = "" if low == -math.inf else f", at least {low}" if high == math.inf else f", {low} to {high}"
+        raise UserError(f"{text}: must be a {'whole' if kind is int else 'finite'} number{allowed}")
 
     return number
+
+
+at_least = functools.partial(between, kind=int)  # a flag's type: a whole number of at least so much
 
 
 def path(text):

@@ -1005,7 +1005,10 @@ def test_all_nine_in_one_run_and_the_same_on_two_processes(folder, tmp_path):
         (["--eval", "ocr=1", "--prompt", "a sign"], "ocr needs a text in straight double quotes"),
         (["--eval", "geneval2=1", "--prompt", "a cat"], 'has no "vqa_list", which geneval2 needs'),
         (["--eval", "ocr=1", "--prompts", "nowhere.txt"], "nowhere.txt cannot be read: No such file"),
-        (["--eval", "clipscore", "--reward_batch_size", "0"], "argument --reward_batch_size: 0: must be at least 1"),
+        (
+            ["--eval", "clipscore", "--reward_batch_size", "0"],
+            "argument --reward_batch_size: 0: must be a whole number, at least 1",
+        ),
     ),
 )
 def test_bad_input(flags, said, tmp_path, monkeypatch, capsys):
