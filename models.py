@@ -658,14 +658,17 @@ def blocks(network):
     return [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
-def shard(backbone, mode="none", offload_frozen=False):
+def shard(backbone, mode="none", offload_frozen=False, frozen_dtype=None):
     """Place the frozen transformers on the processes' devices, before any adapter is added; see above.
 
     none: every process holds a whole copy. full: each holds its share, a block's shares are gathered for its forward
     and again for its backward. grad: gathered once, kept until the backward is done (faster, more memory). hybrid:
-    full inside a node, copies across nodes. offload_frozen: shares wait in host memory.
+    full inside a node, copies across nodes. offload_frozen: shares wait in host memory. frozen_dtype: "float8_e4m3fn"
+    or None, see `store_in_8_bits`.
     """
-    assert mode in ("none", "full", "grad", "hybrid"), mode
+    assert mode in SHARD_MODES, mode
+    for network in backbone.networks() if frozen_dtype else ():
+        store_in_8_bits(network)
     if mode == "none" and not offload_frozen:
         for network in backbone.networks():
             network.to(backbone.device)
@@ -828,24 +831,12 @@ def run(main, args):
 # weights and adapters on disk
 
 
-def load(
-    model,
-    weights=None,
-    generator_weights=None,
-    device="cpu",
-    dtype=torch.float32,
-    resolution=None,
-    with_student=True,
-    shard_mode="none",
-    offload_frozen=False,
-    frozen_dtype=None,
-):
+def load(model, weights=None, generator_weights=None, device="cpu", dtype=torch.float32, resolution=None, **sharding):
     """A backbone by name. weights: a diffusers pipeline folder or hub id in place of the published one.
 
     dtype: of the networks; None leaves the transformer as its files have it, to be exported.
     generator_weights: the same for the generator's own transformer; by default FLUX.2's published one, with `weights`
-    given that of `weights`. with_student=False leaves it out. shard_mode, offload_frozen: see `shard`. frozen_dtype:
-    "float8_e4m3fn" or None, see `store_in_8_bits`.
+    given that of `weights`. sharding: see `shard`.
     """
     if model not in BACKBONES:
         raise UserError(f"unknown model {model!r}; allowed: {', '.join(BACKBONES)}")
@@ -873,15 +864,12 @@ def load(
         transformer = load_transformer(network, source / "transformer", dtype)
         pipe = pipeline.from_pretrained(source, transformer=transformer, dtype=dtype, low_cpu_mem_usage=False)
     own, student = generator_weights or (None if weights else spec.get("student")), None
-    if own and with_student:
+    if own:
         folder = fetch(own, "--generator_weights", ("transformer",))
         with named_failure(f"--generator_weights {folder} is no whole pipeline folder"):
             student = load_transformer(network, folder / "transformer", dtype)
     backbone = family(pipe, resolution or spec["resolution"], spec["text_tokens"], device, dtype, student)
-    if frozen_dtype:
-        for network in backbone.networks():
-            store_in_8_bits(network)
-    shard(backbone, shard_mode, offload_frozen)
+    shard(backbone, **sharding)
     return backbone
 
 
@@ -1530,9 +1518,9 @@ class Run:
     def load_backbone(self):
         a = self.args
         sources, dtype = (a.model, a.weights, a.generator_weights), getattr(torch, a.dtype)
-        placed = a.shard, a.offload_frozen, a.frozen_dtype
+        sharding = dict(mode=a.shard, offload_frozen=a.offload_frozen, frozen_dtype=a.frozen_dtype)
         self.print(f"device {self.device}, networks in {a.dtype}, processes: {self.world_size}")
-        backbone = load(*sources, self.device, dtype, a.resolution, True, *placed)
+        backbone = load(*sources, self.device, dtype, a.resolution, **sharding)
         backbone.offload_encoders = a.offload_encoders
         put_below(backbone, a.teacher_lora)
         return backbone

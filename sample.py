@@ -184,9 +184,10 @@ def check_writable(folder):
 
 def load(args, device, dtype):
     """One network with the adapters on it: FLUX.2's student, which has weights of its own, or its teacher, not both."""
-    student = models.BACKBONES[args.model].get("student") if args.sampler == "student" else None
-    place = dict(device=device, dtype=dtype, resolution=args.resolution, with_student=False)
-    backbone = models.load(args.model, args.weights or student, **place)
+    facts = models.BACKBONES[args.model]
+    published = facts["student"] if args.sampler == "student" and "student" in facts else facts["repo"]
+    place = dict(device=device, dtype=dtype, resolution=args.resolution)
+    backbone = models.load(args.model, args.weights or published, **place)
     models.put_below(backbone, args.teacher_lora)
     for i, folder in enumerate(args.lora):
         models.load_adapter(backbone.transformer, f"lora_{i}", folder, any_base=True)

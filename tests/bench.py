@@ -625,7 +625,7 @@ def main(args):
         backbone = random_backbone(args.model, device, dtype, args.resolution, **options)
         models.shard(backbone, args.shard)
     else:
-        places = dict(resolution=args.resolution, shard_mode=args.shard, frozen_dtype=args.frozen_dtype)
+        places = dict(resolution=args.resolution, mode=args.shard, frozen_dtype=args.frozen_dtype)
         backbone = models.load(args.model, device=device, dtype=dtype, **places)
     total = sum(p.numel() for network in backbone.networks() for p in network.parameters())
     if flops:  # a forward less
