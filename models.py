@@ -851,11 +851,6 @@ def load(model, weights=None, generator_weights=None, device="cpu", dtype=torch.
     if family.package and importlib.util.find_spec(family.package) is None:
         raise UserError(f"--model {model} needs a package: pip install {family.package}")
     source = fetch(weights or spec["repo"], "--weights")
-    if not (source / "model_index.json").is_file():
-        raise UserError(
-            f"--weights {source} is no diffusers pipeline folder: it has no model_index.json (what --export writes is "
-            "a transformer: give it to a pipeline, transformer=...)"
-        )
     network, pipeline = (getattr(diffusers, name) for name in (family.network_class, family.pipeline))
     with named_failure(f"--weights {source} is no whole pipeline folder"):
         found = json.loads((source / "model_index.json").read_text()).get("_class_name")

@@ -655,7 +655,7 @@ BAD = {  # command -> what the one line on standard error must say
     "acdmd.py --prompts {tmp}/latin.txt": "latin.txt is no UTF-8 text: 'utf-8' codec",
     "acdmd.py --prompts {tmp}/none.json": "none.json holds no prompts",
     "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {classroom}": "holds a StableDiffusion3Pipeline, and",
-    "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {tmp}": "it has no model_index.json",
+    "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {tmp}": "is no whole pipeline folder: ",
     "acdmd.py --steps 1 --out {tmp}/plain.txt/run": "cannot write to --out",
     "rtdmd.py --distilled {acdmd} --policy_weight 0 --dm_weight 0 --bp_weight 0": "nothing would train",
     "rtdmd.py --distilled {acdmd} --reward_batch_size 0": "--reward_batch_size: 0: must be a whole number, at least 1",
