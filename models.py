@@ -1423,6 +1423,7 @@ class Run:
         self.rank, self.world_size, self.device = setup_distributed(args.device)
         self.print = print if self.rank == 0 else lambda *_: None
         self.out, self.pinned = Path(args.out).resolve(), {}
+        self.log_file = self.out / "log.jsonl"
         self.take_lock()
         self.state = self.read_state()
         self.start = self.state["step"] if self.state else 0
@@ -1540,7 +1541,7 @@ class Run:
             for role, optimizer in optimizers.items():
                 optimizer.load_state_dict(self.state["optimizers"][role])
         self.rows, (self.in_a_row, self.skipped) = [], (self.state or {}).get("skipped", (0, 0))
-        self.file = self.wandb = None
+        self.wandb = None
         if self.rank == 0:
             digest = hashlib.sha256(json.dumps(pairs, default=str).encode()).hexdigest()[:16]
             data = {"world size": self.world_size, "prompts read": f"{len(pairs)}, sha256 {digest}"}
@@ -1562,13 +1563,11 @@ class Run:
                 print(f"not as before step {self.start}: {flag} was {was}, is {settings.get(name)}")
         self.settings = json.dumps(settings, indent=2) + "\n"
         (self.out / "args.json").write_text(self.settings)
-        log = self.out / "log.jsonl"
-        rows = log.read_text().splitlines() if self.start and log.is_file() else []
-        log.write_text("".join(row + "\n" for row in rows if step_of(row) <= self.start))
+        rows = self.log_file.read_text().splitlines() if self.start and self.log_file.is_file() else []
+        self.log_file.write_text("".join(row + "\n" for row in rows if step_of(row) <= self.start))
         for old in self.stale:
             shutil.rmtree(old)
             print(f"dropped {old}: this run goes on from step {self.start}, and writes its own")
-        self.file = log.open("a")
         if self.args.wandb:
             import wandb
 
@@ -1576,8 +1575,7 @@ class Run:
 
     def steps(self, name):
         """The steps that are left, from 0. What is due after a step is done when the next one is asked for."""
-        shown = dict(desc=name, initial=self.start, total=self.total, disable=self.rank > 0)
-        self.bar = Run.bar = tqdm(**shown)
+        self.bar = Run.bar = tqdm(desc=name, initial=self.start, total=self.total, disable=self.rank > 0)
         every = self.args.sample_every
         if self.heldout and self.start == 0:
             self.evaluate(0)
@@ -1622,10 +1620,8 @@ class Run:
     def close(self, farewell):
         self.bar.close()
         self.print(farewell)
-        for file in (self.file, Run.lock):
-            if file:
-                file.close()
-        Run.lock = None
+        if Run.lock:
+            Run.lock.close()
 
     def log(self, step, row):
         """row: {name: number or scalar on the device}; written --log_every steps together, in one device sync."""
@@ -1642,17 +1638,16 @@ class Run:
             self.drop_nonfinite(step, row)
             for name in [name for name in self.zeros if row.get(name) == 0]:
                 self.print(f"step {step}: {name} is 0: {self.zeros.pop(name).format(**row)}")
-            row = {"step": step, **row, "skipped": self.skipped, **pace}
-            row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-            self.write_row(row)
+            self.write_row({"step": step, **row, "skipped": self.skipped, **pace})
         self.rows = []
 
     def write_row(self, row):
+        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
         self.postfix |= {k: f"{v:.3g}" for k, v in row.items() if k.startswith(SHOWN)}
         self.bar.set_postfix(self.postfix, refresh=False)
-        if self.file:
-            with named_failure(f"cannot write to {self.file.name}"):
-                print(json.dumps(row), file=self.file, flush=True)
+        if self.rank == 0:
+            with named_failure(f"cannot write to {self.log_file}"), self.log_file.open("a") as file:
+                print(json.dumps(row), file=file)
         if self.wandb:
             self.wandb.log(row)
 
@@ -1680,7 +1675,7 @@ class Run:
             latents = sample_latents(backbone, prompts, backbone.sigmas(), self.args.eta, indices=part, role="ema")
             scores += self.heldout.score(decode_all(backbone, latents), part)
         row = self.heldout.summary(dict(gather(scores, self.world_size)))
-        self.write_row({"step": done} | {name: float(f"{value:.6g}") for name, value in row.items()})
+        self.write_row({"step": done} | row)
 
     def sample_grid(self, done):
         """Write a picture of the EMA generator's samples: the same prompts and noise each time."""

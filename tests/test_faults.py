@@ -307,7 +307,6 @@ def test_a_run_goes_on_from_its_final_folder_alone(run):
     args = acdmd.parse_args([*FLAGS.split(), "--steps", "3", "--out", str(run), "--resume", str(run / "final")])
     begun = models.Run(args, "steps", acdmd.__file__)
     begun.begin(None, [], {}, 1)
-    begun.file.close()
     assert models.read_checkpoint(run / "final")["step"] == 2
     resume(run, "--resume", str(run / "final"))
     assert [row["step"] for row in log(run)] == [1, 2, 3] and models.read_checkpoint(run / "final")["step"] == 3
