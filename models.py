@@ -22,7 +22,6 @@ import pickle
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -1449,8 +1448,7 @@ class Run:
                     self.lock_folder()
             except UserError as failure:
                 error = str(failure)
-        error = gather([error], self.world_size)[0]
-        if error:
+        if error := gather([error], self.world_size)[0]:
             raise UserError(error)
 
     def lock_folder(self):
@@ -1460,17 +1458,13 @@ class Run:
             return
         if Run.lock:  # a process has one run at a time
             Run.lock.close()
-        Run.lock = (self.out / ".lock").open("a+")
+        Run.lock = (self.out / ".lock").open("w")
         try:
             fcntl.flock(Run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            Run.lock.seek(0)
-            holder = Run.lock.read().strip() or "another process"
-            raise UserError(f"--out {self.args.out} is in use by {holder}: let it end, or give another --out") from None
+            raise UserError(f"--out {self.args.out} is in use by a run: let it end, or give another --out") from None
         except OSError as error:  # a file system without locks
             print(f"{self.out} cannot be locked ({first_line(error)}): start no second run there")
-        Run.lock.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=Run.lock, flush=True)
 
     def read_state(self):
         """The state of the checkpoint that --resume names, or None; refuses what cannot become a run."""
