@@ -969,7 +969,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_FILES = (LORA_FILE, *(f"adapter_model.{kind}" for kind in ("safetensors", "bin", "pt")))  # diffusers', PEFT's
 WRAPPERS = r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\."  # what torch puts into a module's path
 PREFIX = r"(?:(?:module|base_model\.model|transformer|diffusion_model)\.)*"
-LORA_KEY = PREFIX + r"(.+)\.(alpha|lora_[AB](?:\.[^.]+)?\.weight)"
+LORA_KEY = PREFIX + r"(.+)\.(alpha|lora_[AB](?:\.([^.]+))?\.weight)"
 OTHER_NAMING = r"lora_unet_|lora[._](?:down|up)|\b(?:double|single|joint)_blocks\b"  # kohya's, the original code's
 CONVERTED = r"(lora_unet_|lora_transformer_|(diffusion_model|transformer)\.).+\.(alpha|lora_(down|up|A|B)\.weight)"
 PLAIN_INIT = "true false none gaussian orthogonal eva mica".split()  # PEFT's others change the base weights, too
@@ -1101,7 +1101,7 @@ def read_adapter(source):
     if len(inner) > 1:
         raise UserError(f"{file} holds LoRA matrices under {' and '.join(inner)}: save one set by itself")
     tensors = next(iter(inner.values()), tensors)
-    found = {}  # module path -> {"lora_A", "lora_B" or "alpha": its key}
+    found, keys, names = {}, {}, {}
     for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
         if re.search(OTHER_NAMING, str(key)):
             raise UserError(f"{file}: {key} is {other_naming(tensors, file)}")
@@ -1110,21 +1110,25 @@ def read_adapter(source):
         if not good or (tensor.numel() != 1 if match[2] == "alpha" else tensor.ndim != 2):
             dora = " but DoRA" if re.search("dora|magnitude", str(key)) else ""
             raise UserError(f"{file}: {key} is no LoRA matrix{dora} (<layer>.lora_A.weight or .lora_B.weight)")
-        first = found.setdefault(match[1], {}).setdefault(match[2][:6], key)
-        if first != key:
-            raise UserError(f"{file}: {first} and {key} are of two adapters: leave one of them out")
+        path, kind = match[1], match[2][:6]
+        if kind != "alpha":
+            names.setdefault(match[3], key)
+        twice = [keys[path, kind], key] if (path, kind) in keys else list(names.values())
+        if len(twice) > 1:
+            raise UserError(f"{file}: {twice[0]} and {twice[1]} are of two adapters: leave one of them out")
+        keys[path, kind] = key
+        found.setdefault(path, {})[kind] = tensor.float()
     layers = {}
     for path, own in found.items():
         for kind in ("lora_A", "lora_B"):
             if kind not in own:
                 raise UserError(f"{file}: {path}.{kind}.weight is missing")
-        A, B = (tensors[own[kind]].float() for kind in ("lora_A", "lora_B"))
-        rank = len(A)
+        A, B, rank = own["lora_A"], own["lora_B"], len(own["lora_A"])
         alpha = rank if file.suffix == ".safetensors" else 2 * rank
         with named_failure(f"{file}: {path}"):
             said = layer_number(config, "r", "rank_pattern", path) if "r" in config else rank
             alpha = layer_number(config, "lora_alpha", "alpha_pattern", path) if config else alpha
-        alpha = tensors[own["alpha"]].item() if "alpha" in own else alpha
+        alpha = own["alpha"].item() if "alpha" in own else alpha
         if not rank == said == B.shape[1]:
             raise UserError(f"{file}: {path} has A of rank {rank} and B of rank {B.shape[1]}; its settings say {said}")
         B = B * (alpha / (rank**0.5 if config.get("use_rslora") else rank) / LORA_SCALE)
