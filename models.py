@@ -1333,11 +1333,16 @@ PEAK |= {"A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 def speed(backbone, seconds, steps, images):
-    """{seconds of a step, images_per_s of all processes, on a GPU peak_gb of this process so far and mfu}.
+    """{seconds of a step, images_per_s of all processes, peak_gb of this process so far, on a GPU mfu}.
 
     MFU = evaluations x FLOP of one / seconds / peak FLOP/s of the device; recomputed forwards are not counted.
     """
     row = {"seconds": seconds / steps, "images_per_s": images / seconds}
+    if backbone.device.type == "cpu" and os.name == "posix":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        row["peak_gb"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
     if backbone.device.type == "cuda":
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         name = torch.cuda.get_device_name(backbone.device)

@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 import time
 import weakref
@@ -292,8 +291,6 @@ def measure(step, backbone, images, repeat, warmup=2):
     if cuda:
         torch.cuda.synchronize()
     row = models.speed(backbone, time.perf_counter() - start, repeat, images * repeat)
-    if not cuda:
-        row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return row | {name: value.item() for name, value in (given or {}).items()}
 
 
