@@ -92,11 +92,14 @@ class Weights:
                 raise ValueError(f"{len(opened)} tokens where the model knows {size}; its vocabulary is not there.")
         return opened
 
+    def file(self, folder, name):
+        """Path of one published file."""
+        with self.opening(folder, name, f"{name} "):
+            return transformers.utils.cached_file(self.source(folder), name)
+
     def state(self, folder, name):
         """State dict of one published file; a pickle is read without running any of it."""
-        with self.opening(folder, name, f"{name} "):
-            file = transformers.utils.cached_file(self.source(folder), name)
-        return models.load_tensors(file)
+        return models.load_tensors(self.file(folder, name))
 
     def model(self, cls, folder, config=None, state=None, dtype=torch.float32, **options):
         """A frozen transformers model, from its folder or from (config, state). A key that does not fit is an error."""
@@ -115,9 +118,10 @@ class Weights:
     @functools.cached_property
     def characters(self):
         """What the reader of ocr_rec tells apart; the first is the blank."""
-        with self.opening("ocr_rec", "preprocessor_config.json"):
-            settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(self.source("ocr_rec"))
-        return settings.get("character_list", [])
+        name = "preprocessor_config.json"
+        file = self.file("ocr_rec", name)
+        with self.opening("ocr_rec", name):
+            return json.loads(Path(file).read_text(encoding="utf-8")).get("character_list", [])
 
     def clip(self, folder="clip"):
         """A CLIPModel folder as a `Clip`, loaded once."""

@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -110,6 +111,10 @@ class RandomWeights(rewards.Weights):
 
     device = "cpu"  # where the networks are made
 
+    def __init__(self, reward_dir=None):
+        super().__init__(reward_dir)
+        self.folder = tempfile.TemporaryDirectory()
+
     def open(self, cls, folder, size=None):
         if size:
             return Words(size)
@@ -118,9 +123,10 @@ class RandomWeights(rewards.Weights):
             return config
         return Words(config.text_config.vocab_size, {"<|image_pad|>": config.image_token_id})
 
-    @property
-    def characters(self):
-        return [*"_OPEN"] + ["a"] * (CONFIGS["ocr_rec"]().head_out_channels - 5)
+    def file(self, folder, name):
+        file = Path(self.folder.name) / name
+        file.write_text(json.dumps({"character_list": [*"_OPEN"] + ["a"] * (CONFIGS[folder]().head_out_channels - 5)}))
+        return file
 
     def state(self, folder, name):
         """What the scorers take out of a file themselves: their heads."""
