@@ -851,7 +851,7 @@ def load(model, weights=None, generator_weights=None, device="cpu", dtype=torch.
         raise UserError(f"--model {model} needs a package: pip install {family.package}")
     source = fetch(weights or spec["repo"], "--weights")
     network, pipeline = (getattr(diffusers, name) for name in (family.network_class, family.pipeline))
-    with named_failure(f"--weights {source} is no whole pipeline folder"):
+    with named_failure(f"--weights {source} is no whole pipeline folder (what --export writes is a transformer)"):
         found = json.loads((source / "model_index.json").read_text()).get("_class_name")
         if found != family.pipeline:
             raise UserError(f"--weights {source} holds a {found}, and --model {model} needs a {family.pipeline}")
@@ -1234,7 +1234,8 @@ def needs_checkpointing(backbone, setting, samples):
     if any(isinstance(p, DTensor) for p in backbone.transformer.parameters()):
         return True
     x, cond = torch.randn(1, *backbone.latent_shape, device=backbone.device), backbone.encode([""])
-    v = backbone.velocity("generator", x.requires_grad_(), 0.5, cond)
+    with torch.enable_grad():
+        v = backbone.velocity("generator", x.requires_grad_(), 0.5, cond)
     kept = torch.cuda.memory_allocated(backbone.device)
     del v  # and with it all that its backward would need
     kept -= torch.cuda.memory_allocated(backbone.device)
@@ -1549,9 +1550,9 @@ class Run:
                 print(f"frozen under all roles: {source}")
             with named_failure(f"cannot write to --out {self.args.out}"):
                 settings = json.dumps(vars(self.args), default=lambda place: str(place.absolute()))
-                self.open_log(json.loads(settings) | data)
+                self.begin_files(json.loads(settings) | data)
 
-    def open_log(self, settings):
+    def begin_files(self, settings):
         """args.json and log.jsonl; rows and checkpoints beyond the step that the run goes on from are dropped."""
         if self.state:
             print(f"going on from step {self.start}, {self.state['folder']}")

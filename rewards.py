@@ -1076,7 +1076,7 @@ class Scorers:
             for b in range(0, len(prompts), size):
                 part = slice(b, b + size)
                 scores = self.call(scorer, rounded(images[part].to(self.device)), prompts[part], metadata[part])
-                for name in rows.keys() & scores:
+                for name in rows.keys() & set(scorer.columns):
                     rows[name][part] = scores[name].float().cpu()
             if self.offload:
                 scorer.to("cpu")

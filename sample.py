@@ -185,6 +185,7 @@ def check_writable(folder):
 def load(args, device, dtype):
     """One network with the adapters on it: FLUX.2's student, which has weights of its own, or its teacher, not both."""
     facts = models.BACKBONES[args.model]
+    # its name as weights: left to itself, models.load takes the student's own transformer, too
     published = facts["student"] if args.sampler == "student" and "student" in facts else facts["repo"]
     place = dict(device=device, dtype=dtype, resolution=args.resolution)
     backbone = models.load(args.model, args.weights or published, **place)

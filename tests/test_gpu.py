@@ -88,6 +88,7 @@ def test_checkpointing(device, folders, on_cpu):
         models.set_up_blocks(backbone, setting, 8, compiled=False)
         assert backbone.transformer.gradient_checkpointing == (setting == "on")  # it fits: auto is off
         close(outcome(backbone), on_cpu("classroom"), 1e-4)
+    assert models.needs_checkpointing(backbone, "auto", 10**9) == (backbone.device.type == "cuda")
 
 
 def test_eight_bits(device, folders):
