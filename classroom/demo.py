@@ -2,7 +2,7 @@
 
     python classroom/demo.py                                             both stages and the report
     python classroom/demo.py --quick                                     the same with shorter trainings
-    python classroom/demo.py --long                                      with a stage 2 fifteen times as long
+    python classroom/demo.py --long                                      with a stage 2 of 1,800 epochs, other settings
 
 Runs acdmd.py and rtdmd.py (the commands are printed), and after each of them samples on the same held-out captions and
 the same seeds: the teacher with 28 guided steps and with 4, and with 4 steps DMD2 (shipped adapter), AC-DMD, RTDMD.
@@ -60,8 +60,10 @@ ABLATIONS = {
 }
 LENGTHS = {
     "quick": dict(out=Path("out/quick"), acdmd_steps=200, rtdmd_epochs=40, n_prompts=300),
-    "long": dict(out=Path("out/long"), rtdmd_epochs=1500),
+    "long": dict(out=Path("out/long"), rtdmd_epochs=1800),
 }
+# --long's stage 2 has settings and shares of task types of its own; why: classroom/LOG.md
+LONG, LONG_TASKS = "--bp_weight 0.4 --lr_decay 1", {"two_object": 2, "position": 3, "color_attr": 2}
 PROCESSES = min(2, os.cpu_count() or 1)  # of each training: two of one thread use two cores better than one of two
 
 
@@ -74,7 +76,7 @@ def parse_args(argv=None):
     p.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "ablations", "summary"], help=more)
     how_long = p.add_mutually_exclusive_group()
     how_long.add_argument("--quick", action="store_true", help="shorter trainings, fewer pictures: promises less")
-    how_long.add_argument("--long", action="store_true", help="fifteen times as long a stage 2")
+    how_long.add_argument("--long", action="store_true", help="1,800 epochs of stage 2, with settings of its own")
     p.add_argument("--acdmd_steps", type=models.at_least(1), help="iterations of stage 1 (default: acdmd.py's)")
     p.add_argument("--rtdmd_epochs", type=models.at_least(1), help="epochs of stage 2 (default: rtdmd.py's)")
     p.add_argument("--only", nargs="+", default=list(ABLATIONS), choices=ABLATIONS, help="of the ablations")
@@ -97,6 +99,13 @@ def parse_args(argv=None):
     return args
 
 
+def long_flags(out):
+    """The flags of --long's own stage 2, whose prompt file is written here."""
+    prompts = out / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(m) + "\n" for _, m in rewards.classroom_prompts(**LONG_TASKS)))
+    return [*LONG.split(), "--prompts", prompts]
+
+
 def run_stage(script, args, folder, *flags):
     """Run a stage script on PROCESSES processes, showing its own progress bar. The global batch stays the same.
 
@@ -115,6 +124,7 @@ def run_stage(script, args, folder, *flags):
         for name in ("batch_size", "consistency_batch"):
             flags += [f"--{name}", acdmd.PRESETS["classroom"][name] // PROCESSES]
     else:
+        flags = (long_flags(args.out) if args.long else []) + flags  # before an ablation's own, which count then
         flags += ["--epochs", args.rtdmd_epochs] if args.rtdmd_epochs else []
         flags += ["--distilled", args.distilled]
         flags += ["--batches", rtdmd.PRESETS["classroom"]["batches"] // PROCESSES]
@@ -458,6 +468,9 @@ def ablations(args):
     for stage, length, asked in ((acdmd, "steps", args.acdmd_steps), (rtdmd, "epochs", args.rtdmd_epochs)):
         run = args.out / stage.__name__
         was = json.loads((run / "args.json").read_text())
+        if stage == rtdmd and bool(was["prompts"]) != args.long:
+            how = "with --long: give it" if was["prompts"] else "without --long: leave it out"
+            raise models.UserError(f"{run} was trained {how}")
         if was[length] != (asked or stage.PRESETS["classroom"][length]):  # like is compared with like
             raise models.UserError(f"{run} has {was[length]} {length}: add --{stage.__name__}_{length} {was[length]}")
         if was["seed"] != args.seed:
@@ -564,7 +577,7 @@ def draw_rewards(gaps, path):
     """The figure of `reward_gaps`; returns whether there was anything to draw."""
     figure, axis = pyplot().subplots(figsize=(9, 5))
     for title, (images, means, errors) in gaps.items():
-        axis.errorbar(images, means, errors, label=title, capsize=2)
+        axis.errorbar(images, means, errors, label=title.removeprefix("RTDMD, "), capsize=2)
     axis.axhline(0, color="black", linewidth=1, label="the control: no reward")
     axis.set(xlabel="images", ylabel="training reward (strict GenEval) less the control's")
     axis.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))  # above the axes

@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -433,6 +434,29 @@ def test_a_run_of_another_length_has_a_folder_of_its_own():
     assert demo.parse_args(["--long", "--out", "mine"]).out == Path("mine")
 
 
+def test_the_long_run_s_settings_are_of_stage_2_and_an_ablation_s_own_count(tmp_path, monkeypatch):
+    commands = []
+
+    def start(command, env):
+        commands.append(command)
+        for name in ("generator_ema", "fake"):
+            (Path(command[command.index("--out") + 1]) / "final" / name).mkdir(parents=True)
+        return SimpleNamespace(wait=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(demo.subprocess, "Popen", start)
+    args = demo.parse_args(["--long", "--out", str(tmp_path)])
+    demo.run_stage("acdmd.py", args, tmp_path / "acdmd")
+    demo.run_stage("rtdmd.py", args, tmp_path / "two")
+    demo.run_stage("rtdmd.py", args, tmp_path / "three", "--bp_weight", "0")
+    (script, *first), *others = (command[command.index("cpu") - 2 :] for command in commands)
+    one, (two, three) = acdmd.parse_args(first), (rtdmd.parse_args(flags) for _, *flags in others)
+    assert script.endswith("acdmd.py") and one.lr_decay == acdmd.PRESETS["classroom"]["lr_decay"]
+    assert (two.epochs, two.lr_decay, two.bp_weight) == (1800, 1, 0.4)
+    assert (three.epochs, three.lr_decay, three.bp_weight) == (1800, 1, 0)
+    pairs = rewards.read_prompts(two.prompts)
+    assert pairs == rewards.classroom_prompts(**demo.LONG_TASKS) != rewards.classroom_prompts(**rtdmd.WEAK_TASKS)
+
+
 def test_a_missing_package_is_named_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(models.UserError, match="pip install matplotlib"):
@@ -603,6 +627,15 @@ def test_ablations_compare_like_with_like(distilled, tmp_path):
     with pytest.raises(models.UserError, match="/acdmd has seed 0: add --seed 0"):
         flags = ["--seed", "1", "--acdmd_steps", "4"]
         demo.main(demo.parse_args(["--out", str(tmp_path), "--stages", "ablations", *flags]))
+    flags = ["--acdmd_steps", "4", "--rtdmd_epochs", "3"]
+    for prompts, more, said in (
+        (None, ["--long"], "without --long: leave it out"),
+        ("a", [], "with --long: give it"),
+    ):
+        settings = {"epochs": 3, "seed": 0, "prompts": prompts}
+        (tmp_path / "rtdmd/args.json").write_text(json.dumps(settings))
+        with pytest.raises(models.UserError, match=said):
+            demo.main(demo.parse_args(["--out", str(tmp_path), "--stages", "ablations", *flags, *more]))
 
 
 @pytest.mark.parametrize("stage", ("report", "ablations"))
@@ -655,7 +688,7 @@ BAD = {  # command -> what the one line on standard error must say
     "acdmd.py --prompts {tmp}/latin.txt": "latin.txt is no UTF-8 text: 'utf-8' codec",
     "acdmd.py --prompts {tmp}/none.json": "none.json holds no prompts",
     "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {classroom}": "holds a StableDiffusion3Pipeline, and",
-    "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {tmp}": "is no whole pipeline folder: ",
+    "acdmd.py --model flux1 --prompts {tmp}/plain.txt --weights {tmp}": "(what --export writes is a transformer): [Err",
     "acdmd.py --steps 1 --out {tmp}/plain.txt/run": "cannot write to --out",
     "rtdmd.py --distilled {acdmd} --policy_weight 0 --dm_weight 0 --bp_weight 0": "nothing would train",
     "rtdmd.py --distilled {acdmd} --reward_batch_size 0": "--reward_batch_size: 0: must be a whole number, at least 1",
