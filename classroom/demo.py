@@ -286,8 +286,8 @@ def shown(by_name, real, log):
     """The report's sentences: what the rewards did."""
     gain, error = difference(by_name["RTDMD"], by_name["AC-DMD"], "geneval_strict", real)
     over, over_error = difference(by_name["RTDMD"], by_name[TEACHER], "geneval_strict", real)
-    lines = [f"Stage 2 raises strict GenEval by {gain:+.3f} ± {error:.3f} over AC-DMD. Its 4 evaluations stand"]
-    lines += [f"{over:+.3f} ± {over_error:.3f} against the guided teacher's {by_name[TEACHER]['nfe']}."]
+    lines = [f"Stage 2 raises strict GenEval by {gain:+.3f} ± {error:.3f} over AC-DMD. With 4 evaluations, less the"]
+    lines += [f"guided teacher with {by_name[TEACHER]['nfe']}: {over:+.3f} ± {over_error:.3f}."]
     if log.is_file():
         first, last, error = rising(log)
         went = f"from {first:.3f} to {last:.3f} (fifths; difference ± {error:.3f})"
