@@ -1239,6 +1239,7 @@ def needs_checkpointing(backbone, setting, samples):
     kept = torch.cuda.memory_allocated(backbone.device)
     del v  # and with it all that its backward would need
     kept -= torch.cuda.memory_allocated(backbone.device)
+    torch.cuda.empty_cache()  # what the offloaded encoders have left
     need = torch.tensor(samples * kept / torch.cuda.mem_get_info(backbone.device)[0])
     if dist.is_initialized():
         dist.all_reduce(need, dist.ReduceOp.MAX)

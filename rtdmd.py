@@ -375,7 +375,8 @@ def main(args):
         chosen = choose_steps(epoch, args.seed, [j for j in range(last) if args.step_weights[j]], C)
         picked = rewards.pick_prompts(pairs, n_groups, seeded(args.seed, epoch, "prompts"))
         prompts, metadata = zip(*(picked[i // K] for i in mine), strict=True)
-        backbone.remember(prompts)  # text encoders run here, once for all micro-batches
+        # text encoders run here, once for all micro-batches; guidance wants ""
+        backbone.remember(["", *prompts])
 
         # 2) sample, 3) reward
         for part in parts:

@@ -139,19 +139,20 @@ def random_backbone(model, device, dtype, resolution=None, config=None, frozen_d
                 models.store_in_8_bits(alone_in)
     wide = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
     wide |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    if family is models.Flux2:
-        vae = diffusers.AutoencoderKLFlux2()
-    elif family is models.Sana:
-        vae = diffusers.AutoencoderDC(**DEEP, scaling_factor=0.41407)
-    else:
-        vae = diffusers.AutoencoderKL(
-            **wide,
-            latent_channels=16,
-            scaling_factor=0.36,
-            shift_factor=0.12,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+    with torch.device(device):
+        if family is models.Flux2:
+            vae = diffusers.AutoencoderKLFlux2()
+        elif family is models.Sana:
+            vae = diffusers.AutoencoderDC(**DEEP, scaling_factor=0.41407)
+        else:
+            vae = diffusers.AutoencoderKL(
+                **wide,
+                latent_channels=16,
+                scaling_factor=0.36,
+                shift_factor=0.12,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            )
     dynamic = family in (models.Flux1, models.Flux2)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         shift=3.0, use_dynamic_shifting=dynamic, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
@@ -299,12 +300,13 @@ def measure(step, backbone, images, repeat, warmup=2):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors alive, `now` and at the `peak`; those of `known` modules aside."""
+    """Bytes of all tensors alive, `now` and at the `peak`; those of `known` modules and their gradients aside."""
 
     def __init__(self, *known):
         super().__init__()
         self.now = self.peak = 0
         tensors = [t for module in known for t in (*module.parameters(), *module.buffers())]
+        tensors += [t.grad for t in tensors if t.grad is not None]
         self.seen = {t.untyped_storage()._cdata for t in tensors}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -397,9 +399,10 @@ def size_of_buffers(*modules):
 
 
 def peaks(backbone, n, one, scorers, checkpointing=False, only="", rank=32):
-    """{part: (bytes alive at its peak beside weights and adapters, evaluations)} of n images, on fake tensors.
+    """{part: (bytes alive at its peak, evaluations)} of n images, on fake tensors.
 
-    only: a pattern that the part's name must match.
+    Beside weights, adapters and their gradients, which are there as from a micro-batch before. only: a pattern that the
+    part's name must match.
     """
     known = [*backbone.networks(), backbone.vae, *(scorers.scorers if scorers else ())]
     sigmas = backbone.sigmas()
@@ -421,30 +424,39 @@ def peaks(backbone, n, one, scorers, checkpointing=False, only="", rank=32):
             if not re.search(only, part):
                 continue
             backbone.evaluations = 0
+            for p in (p for optimizer in optimizers.values() for p in optimizer.param_groups[0]["params"]):
+                p.grad = torch.empty_like(p)
             with LiveBytes(*known) as live:
                 step()
             found[part] = live.peak, backbone.evaluations
     return found
 
 
+PARTS = {1: ("fake score", "generator"), 2: ("rollout", "fake score", "policy", "last step")}  # of each stage
+KEEPS = "(score|generator|policy|last)"  # parts with gradient; the others keep nothing, so that nothing of them grows
+# Counting is slow, so that of the parts with gradient GROW's are counted with a block more. Those in LIKE grow by
+# as much as the one whose networks keep as much for the backward.
+GROW = "stage 1|policy|last"
+LIKE = {"stage 2, fake score": "stage 1, fake score", "velocity, generator": "stage 2, policy"}
+
+
 def extrapolated(count, blocks):
     """count({kind: n}) -> {name: number} at `blocks`, from networks of two blocks of each kind and of one more of each.
 
-    All that is counted grows by as much with each further block of a kind; what `count` leaves out does not grow. From
-    one block it would not: the first and the last may keep less, and with checkpointing the largest sets the peak.
+    What `count` gives for one block more grows by that with each further block, and a name in LIKE as the one there
+    does; all else stays. Two blocks and not one, since the first and the last may keep less, and with checkpointing
+    the largest sets the peak.
     """
     few = dict.fromkeys(blocks, 2)
     first = count(few, False)
     total = dict(first)
     for kind, n in blocks.items():
         if n > few[kind]:
-            for name, number in count(few | {kind: few[kind] + 1}, True).items():
-                total[name] += (n - few[kind]) * (number - first[name])
+            more = count(few | {kind: few[kind] + 1}, True)
+            for name in first:
+                like = LIKE.get(name, name)
+                total[name] += (n - few[kind]) * (more[like] - first[like] if like in more else 0)
     return total
-
-
-PARTS = {1: ("fake score", "generator"), 2: ("rollout", "fake score", "policy", "last step")}  # of each stage
-KEEPS = "(score|generator|policy|last)"  # parts with gradient; the others keep nothing, so that nothing of them grows
 
 
 def counted(model, args, one, resolution, checkpointing, only="stage|sample"):
@@ -459,10 +471,10 @@ def counted(model, args, one, resolution, checkpointing, only="stage|sample"):
             models.store_in_8_bits(network)
         facts |= {"frozen": size_of(*backbone.networks()), "buffers": size_of_buffers(*backbone.networks())}
         facts["block"] = max(size_of(m) for network in backbone.networks() for m in models.blocks(network))
-        pattern = f"(?=.*({only}))(?=.*{KEEPS})" if more else only
+        pattern = GROW if more else f"{GROW}|{only}"
         for part, (size, evaluations) in peaks(backbone, 1, one, scorers, checkpointing, pattern, args.rank).items():
             facts |= {part: size, f"{part}, evaluations": evaluations}
-        # of generator or fake score, float32; as large are its gradients
+        # of generator or fake score, float32
         facts |= {"adapter": adapter_bytes(backbone) / 2, "latents": 4 * math.prod(backbone.latent_shape)}
         return facts | {"flops": backbone.flops}
 
@@ -475,14 +487,14 @@ ENCODERS = {"sana": 5.23, "prx": 5.23, "sd3": 11.16, "sd35": 11.16, "flux1": 9.7
 # GB of the scorers, which are float32, and in bf16 the two with a language model
 REWARDS = {"clipscore": 1.71, "aesthetic": 1.71, "hpsv2": 3.94, "pickscore": 3.94, "imagereward": 1.78, "ocr": 0.05}
 REWARDS |= {"geneval": 0.28, "hpsv3": 15.4, "geneval2": 17.6}
-GPUS = {"sana": 8, "prx": 8, "sd3": 16, "sd35": 8, "flux1": 32, "flux2-4b": 16, "flux2-9b": 32}  # stage 2's; 1: 8
+GPUS = {"sd3": 16, "sd35": 8, "flux1": 32, "flux2-4b": 16, "flux2-9b": 32}  # of the published stage 2; of stage 1: 8
 
 
 def plan(model, args):
     """Rows of the plan: the stages, the sample grid within each, sample.py.
 
-    A row is {term: GB}, "sum", "batch", the "largest" batch that fits, GPU "hours" of the published run, and "host": GB
-    of host memory that all processes of a machine ask for while each loads the whole pipeline.
+    A row is {term: GB}, "sum", "batch", the "largest" batch that fits, GPU "hours" of the published run (or None), and
+    "host": GB of host memory that all processes of a machine ask for while each loads the whole pipeline.
     """
     models.quiet_libraries()
     one, two = acdmd.parse_args(["--model", model, "--prompts", __file__]), rtdmd.PRESETS[model]
@@ -495,16 +507,18 @@ def plan(model, args):
         found[True] = facts | counted(model, args, one, resolution, True, f"stage.*{KEEPS}")
     adapter, vae, frozen = facts["adapter"] / 1e9, facts["vae"] / 1e9, frozen_bytes(facts, args, args.gpus) / 1e9
     encoders = ENCODERS[model] * (2 if args.dtype == "float32" else 1)
+    # GB of the encoders' weights that are on the GPU only while activations and offloaded rewards are not
+    offloaded = encoders if args.offload_encoders else 0.0
     columns = {rewards.SCORERS[name].columns[0] for name in args.rewards}  # a scorer of two columns loads once
     sizes = [REWARDS.get(column, 0.0) for column in columns]
     host = facts["loaded"] / 1e9 + vae + encoders
     rows = []
     for stage, batch in ((1, one.batch_size), (2, two["batch_size"])):
         batch = args.batch_size or batch
-        row = {"frozen": frozen, "vae": vae, "encoders": 0.0 if args.offload_encoders else encoders}
+        row = {"frozen": frozen, "vae": vae, "encoders": encoders - offloaded}
         row["rewards"] = (max(sizes) if args.offload_rewards else sum(sizes)) if stage == 2 else 0.0
-        # weights and two moments of generator and fake score, the EMA; in stage 2 those of stage 1 below them
-        row["adapters"] = adapter * (2 * 3 + 1 + (2 if stage == 2 else 0))
+        # weights and two moments of generator and fake score, EMA, gradients of one; in stage 2 stage 1's below them
+        row["adapters"] = adapter * (2 * 3 + 1 + 1 + (2 if stage == 2 else 0))
         images = two["batch_size"] * two["batches"] * (stage == 2)  # an epoch's, whose latents stay on the GPU
         row["adapters"] += images * 5 * facts["latents"] / 1e9
         fixed = sum(row.values())
@@ -514,25 +528,31 @@ def plan(model, args):
             last = min(n, args.last_step_batch or n)
             sizes = {part: last if part == "last step" else n for part in PARTS[stage]}
             peak = {part: found[recompute][f"stage {stage}, {part}"] / 1e9 for part in PARTS[stage]}
-            return max((adapter + sizes[part] * (peak[part] - adapter), part) for part in PARTS[stage])
+            return max((sizes[part] * peak[part], part) for part in PARTS[stage])
 
         # auto, as models.needs_checkpointing: do the activations take over 70% of what is free?
         checkpointing = open_ways[0] or (True in found and alive(batch, False)[0] > 0.7 * (args.gb - fixed))
         row["activations"], row["in"] = alive(batch, checkpointing)
-        fits = (n for n in range(1, 1025) if any(fixed + alive(n, how)[0] <= 0.9 * args.gb for how in found))
+        # what they need above `fixed`, in which an offloaded reward's place is free for them
+        encoding = max(0.0, offloaded - row["rewards"] * args.offload_rewards)
+        free = 0.9 * args.gb - fixed
+        fits = (n for n in range(1, 1025) if any(max(alive(n, how)[0], encoding) <= free for how in found))
         work = {part: facts[f"stage {stage}, {part}, evaluations"] for part in PARTS[stage]}
         if stage == 1:
             images = one.steps * one.batch_size * 8
             each = work["fake score"] + work["generator"] / one.fake_update_ratio
         else:
-            images, each = 1000 * two["batch_size"] * two["batches"] * GPUS[model], sum(work.values())
-        hours = images * each * facts["flops"] / (args.mfu * args.peak * 3600)
-        row |= {"stage": str(stage), "sum": fixed + row["activations"], "batch": batch, "largest": max(fits, default=0)}
-        row |= {"checkpointing": checkpointing, "hours": hours}
+            images, each = 1000 * two["batch_size"] * two["batches"] * GPUS.get(model, math.nan), sum(work.values())
+        hours = images * each * facts["flops"] / (args.mfu * args.peak * 3600) if model in GPUS else None
+        row |= {"stage": str(stage), "batch": batch, "largest": max(fits, default=0), "hours": hours}
+        row["checkpointing"] = checkpointing
         row["host"] = args.gpus * (host + (sum(sizes) if stage == 2 and args.offload_rewards else 0.0))
         grid = row | {"stage": f"{stage}, grid", "batch": 16, "largest": None, "hours": None, "checkpointing": False}
         grid["activations"], grid["in"] = sampling(facts, 16, resolution)
-        rows += [row, grid | {"sum": fixed + grid["activations"]}]
+        for one_row in (row, grid):
+            one_row["encoders"] += max(0.0, encoding - one_row["activations"])
+            one_row["sum"] = fixed + max(one_row["activations"], encoding)
+        rows += [row, grid]
     return [*rows, plan_sample(model, args, one, facts, encoders)]
 
 
@@ -540,9 +560,11 @@ def frozen_bytes(facts, args, processes):
     """Of the frozen base, in one process."""
     if args.shard == "none" and not args.offload_frozen:
         return facts["frozen"]
-    # buffers, which every process has whole, two blocks on their way, and its share of the rest
-    share = 0 if args.offload_frozen else (facts["frozen"] - facts["buffers"]) / processes
-    return facts["buffers"] + 2 * facts["block"] + share
+    # buffers, which every process has whole, what is gathered (two blocks on their way, or all of it until the backward
+    # is done), and its share
+    split = facts["frozen"] - facts["buffers"]
+    gathered = split if args.shard == "grad" else 2 * facts["block"]
+    return facts["buffers"] + gathered + (0 if args.offload_frozen else split / processes)
 
 
 def sampling(facts, n, resolution):
@@ -592,6 +614,8 @@ def print_plan(args):
             print("| " + " | ".join(cells) + " |", flush=True)
     print(f"Predicted, GB, for a GPU of {args.gb:g} GB and batches of one GPU. The largest leaves 10% for kernels and")
     print(f"fragments and may need checkpointing. Rewards: {', '.join(args.rewards)}. Rank {args.rank}, {args.dtype}.")
+    if args.offload_encoders:
+        print("Encoders: what they need, while they encode, beyond the place of activations and offloaded rewards.")
     print(f"Hours: GPUs times hours of the published run, at an assumed {args.mfu:.0%} of {args.peak:.3g} FLOP/s.")
     print(f"Host: memory of one machine while its {args.gpus} process{'es' * (args.gpus > 1)} load.")
 
@@ -606,9 +630,9 @@ def predicted(args, one, n, dtype):
         facts |= {"frozen": facts["frozen"] / 2, "buffers": facts["buffers"] / 2}
     adapter, fixed = facts["adapter"], facts["vae"] + frozen_bytes(facts, args, int(os.environ.get("WORLD_SIZE", 1)))
     parts = [part for part in facts if f"{part}, evaluations" in facts]
-    # two adapters and, where an optimiser steps, their moments; what is alive holds the gradients of one, whatever n is
-    held = {part: (2 if part.startswith("velocity") else 6) * adapter for part in parts}
-    sizes = {part: (fixed + held[part] + adapter + n * (facts[part] - adapter)) / 1e9 for part in parts}
+    # two adapters, the gradients of one and, where an optimiser steps, the moments of both
+    held = {part: (3 if part.startswith("velocity") else 7) * adapter for part in parts}
+    sizes = {part: (fixed + held[part] + n * facts[part]) / 1e9 for part in parts}
     return sizes, facts["flops"]
 
 

@@ -29,7 +29,7 @@ import rewards
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a red circle above a blue square", "three green crosses", "a cross"]
-FAMILIES = ("classroom", "flux1", "flux2-4b")
+FAMILIES = ("classroom", "flux1", "flux2-4b", "sana", "prx")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,8 @@ def folders(tmp_path_factory):
     out = tmp_path_factory.mktemp("pipelines")
     tiny_pipelines.write_flux1(out / "flux1")
     tiny_pipelines.write_flux2(out / "flux2-4b")
+    tiny_pipelines.write_sana(out / "sana")
+    tiny_pipelines.write_prx(out / "prx")
     return out
 
 
@@ -74,7 +76,7 @@ def close(got, want, bound):
     return f"{max(gaps):.0e}"
 
 
-@pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-4), (torch.bfloat16, 0.1)), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-4), (torch.bfloat16, 0.2)), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("model", FAMILIES)
 def test_velocity_and_gradients(device, folders, on_cpu, record_property, model, dtype, bound):
     got = outcome(loaded(folders, model, device, dtype))
@@ -268,11 +270,12 @@ def test_memory_and_speed_of_both_stages(device, model, monkeypatch, tmp_path, r
 
 
 def test_two_processes(device, tmp_path, record_property):
-    """One step of two processes is one of one; a single GPU serves one process, and says so."""
+    """A step of the fake score in two processes is that of one; a single GPU serves one process, and says so."""
     if device.type == "cpu":
         pytest.skip("test_scripts.py runs two processes on a CPU")
     flags = [*test_scripts.SMALL_1, "--steps", "1", "--device", "cuda", "--out", str(tmp_path / "two")]
-    flags[flags.index("--batch_size") + 1], flags[flags.index("--consistency_batch") + 1] = "2", "1"
+    half = {name: int(flags[flags.index(name) + 1]) // 2 for name in ("--batch_size", "--consistency_batch")}
+    flags += [str(part) for pair in half.items() for part in pair]  # the later counts
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*launcher, "acdmd.py", *flags], cwd=ROOT, capture_output=True, text=True)
     if torch.cuda.device_count() < 2:
@@ -280,4 +283,7 @@ def test_two_processes(device, tmp_path, record_property):
         assert done.returncode and "has no GPU, torch sees 1: give --nproc_per_node=1" in done.stderr
     else:
         assert done.returncode == 0, done.stderr[-2000:]
-        assert test_scripts.log(tmp_path / "two")[0]["grad_norm/fake"] > 0
+        one = test_scripts.stage_1(tmp_path / "one", "--steps", 1, "--device", "cuda")[0]
+        two = test_scripts.log(tmp_path / "two")[0]
+        for name in (name for name in one if name.startswith(("loss/", "grad_norm/"))):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name

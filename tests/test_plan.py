@@ -66,7 +66,9 @@ def test_the_predicted_peak_is_the_measured_one(model, n, part, monkeypatch):
     monkeypatch.setitem(bench.PUBLISHED, "sd35", bench.PUBLISHED["sd35"])  # put back at the end
     one = acdmd.parse_args([])
     one.consistency_batch = n
-    predicted, _ = bench.peaks(backbone_on("meta", model), n, one, None, only=part)[part]
+    backbone = backbone_on("meta", model)
+    predicted, _ = bench.peaks(backbone, n, one, None, only=part)[part]
+    predicted += bench.adapter_bytes(backbone) / 2  # its gradients, which come with the step
     call = f"import test_plan; print(test_plan.measured({model!r}, {part!r}, {n}))"
     env = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, env=env)
@@ -135,8 +137,21 @@ def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     least = plan(gb=full["sum"] / 0.91, checkpointing="on")["1"]
     assert least["largest"] < 9  # 10% are left
     tight = plan(gb=rows["1"]["sum"] + 0.1, offload_encoders=True)["1"]
-    assert tight["encoders"] == 0.0 and not tight["checkpointing"]
+    assert not tight["checkpointing"] and tight["activations"] < 11.16  # the encoders need more, at another time
+    assert tight["encoders"] + tight["activations"] == pytest.approx(11.16)
+    many = plan(offload_encoders=True, batch_size=1000)["1"]
+    assert many["activations"] > 11.16 and many["encoders"] == 0.0
+    apart = plan(offload_encoders=True, offload_rewards=True, batch_size=1)["2"]
+    assert apart["encoders"] == pytest.approx(11.16 - 3.94 - apart["activations"])
+    for row in (tight, many, apart):
+        assert row["sum"] == pytest.approx(sum(row[term] for term in terms))
+    for gb, fit in ((tight["sum"] / 0.9 + 0.01, True), (tight["sum"] / 0.9 - 0.01, False)):  # if they do not, no image
+        assert (plan(offload_encoders=True, gb=gb)["1"]["largest"] > 0) == fit
+    grid = plan(offload_encoders=True)["1, grid"]
+    assert grid["encoders"] + grid["activations"] == pytest.approx(11.16)
     assert plan(offload_frozen=True)["1"]["checkpointing"]
+    by_block, all_of_it = (plan(shard=mode, gpus=8)["1"]["frozen"] for mode in ("full", "grad"))  # gathered
+    assert by_block < rows["1"]["frozen"] < all_of_it
     saved = plan(checkpointing="off", frozen_dtype="float8_e4m3fn", rank=64, gpus=8)
     assert 0.4 * rows["1"]["frozen"] < saved["1"]["frozen"] < 0.7 * rows["1"]["frozen"]  # some is not in blocks
     assert saved["1"]["adapters"] == pytest.approx(2 * rows["1"]["adapters"])
@@ -150,25 +165,28 @@ def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     grid = 16 * (one["sample, decoding"] + one["latents"]) / 1e9
     assert rows["1, grid"]["activations"] == rows["2, grid"]["activations"] == pytest.approx(grid)
     assert rows["sample.py"]["in"] == "decoding" and rows["sample.py"]["batch"] == 8
-    assert rows["sample.py"]["adapters"] == pytest.approx(2 / 7 * rows["1"]["adapters"])
+    assert rows["sample.py"]["adapters"] == pytest.approx(2 / 8 * rows["1"]["adapters"])
     monkeypatch.setattr(bench, "plan", lambda *_: list(rows.values()))
     bench.print_plan(SimpleNamespace(model="sd35", **ARGS))
     printed = capsys.readouterr().out
     assert "| sd35 | 2 |" in printed and "| sd35 | sample.py |" in printed
 
 
+@pytest.mark.parametrize("reward", (0, 10**8), ids=("no rewards", "a reward"))  # whose peak is above the networks'
 @pytest.mark.parametrize("checkpointing", (False, True))
-def test_counting_few_blocks_of_each_kind_is_counting_all(checkpointing, monkeypatch):
+def test_counting_few_blocks_of_each_kind_is_counting_all(checkpointing, reward, monkeypatch):
     """Within 1%, a network of 4 blocks with two attentions and 3 plain ones, each step of both stages and velocity."""
     deep = SMALL | dict(num_layers=7, dual_attention_layers=(0, 1, 2, 3), num_attention_heads=2)
     deep |= dict(caption_projection_dim=128)
     monkeypatch.setitem(bench.PUBLISHED, "sd35", bench.PUBLISHED["sd35"] | deep)
-    one, args = acdmd.parse_args([]), SimpleNamespace(**ARGS | dict(rewards={}))
+    one, args = acdmd.parse_args([]), SimpleNamespace(**ARGS | dict(rewards={"clipscore": 1.0} if reward else {}))
+    monkeypatch.setattr(bench, "reward_bytes", lambda *_: reward)
+    scorers = bench.Transient(reward) if reward else None
     one.consistency_batch = 1
     few = bench.counted("sd35", args, one, 256, checkpointing, "stage|velocity")
     whole = bench.random_backbone("sd35", "meta", torch.bfloat16, 256)
     assert few["frozen"] == few["loaded"] == bench.size_of(whole.transformer)
-    for part, (size, evaluations) in bench.peaks(whole, 1, one, None, checkpointing, "stage|velocity").items():
+    for part, (size, evaluations) in bench.peaks(whole, 1, one, scorers, checkpointing, "stage|velocity").items():
         assert few[part] == pytest.approx(size, rel=0.01), part
         assert few[f"{part}, evaluations"] == evaluations
     assert few["adapter"] == bench.adapter_bytes(whole) / 2 and few["flops"] == whole.flops
