@@ -459,8 +459,11 @@ def extrapolated(count, blocks):
     return total
 
 
-def counted(model, args, one, resolution, checkpointing, only="stage|sample"):
-    """Facts of the published network and of one image, {name: number}: bytes, FLOP of a forward, evaluations."""
+def counted(model, args, one, resolution, checkpointing, only="stage|sample", n=8):
+    """Facts of the published network and of one of n images, {name: number}: bytes, FLOP of a forward, evaluations.
+
+    A little does not grow with n (adapters in the networks' precision), so that n should be near the batch asked for.
+    """
     dtype = getattr(torch, args.dtype)
     scorers = Transient(reward_bytes(tuple(args.rewards), resolution)) if args.rewards else None
 
@@ -472,8 +475,8 @@ def counted(model, args, one, resolution, checkpointing, only="stage|sample"):
         facts |= {"frozen": size_of(*backbone.networks()), "buffers": size_of_buffers(*backbone.networks())}
         facts["block"] = max(size_of(m) for network in backbone.networks() for m in models.blocks(network))
         pattern = GROW if more else f"{GROW}|{only}"
-        for part, (size, evaluations) in peaks(backbone, 1, one, scorers, checkpointing, pattern, args.rank).items():
-            facts |= {part: size, f"{part}, evaluations": evaluations}
+        for part, (size, evaluations) in peaks(backbone, n, one, scorers, checkpointing, pattern, args.rank).items():
+            facts |= {part: size / n, f"{part}, evaluations": evaluations / n}
         # of generator or fake score, float32
         facts |= {"adapter": adapter_bytes(backbone) / 2, "latents": 4 * math.prod(backbone.latent_shape)}
         return facts | {"flops": backbone.flops}
@@ -625,7 +628,7 @@ def predicted(args, one, n, dtype):
     resolution = args.resolution or models.BACKBONES[args.model]["resolution"]
     own = {"dtype": str(dtype).removeprefix("torch."), "rewards": {}, "offload_frozen": False}
     args = SimpleNamespace(**vars(args) | own)
-    facts = counted(args.model, args, one, resolution, args.checkpointing == "on", args.only)
+    facts = counted(args.model, args, one, resolution, args.checkpointing == "on", args.only, n)
     if args.only == "velocity" and "student" in models.BACKBONES[args.model]:
         facts |= {"frozen": facts["frozen"] / 2, "buffers": facts["buffers"] / 2}
     adapter, fixed = facts["adapter"], facts["vae"] + frozen_bytes(facts, args, int(os.environ.get("WORLD_SIZE", 1)))
