@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import test_scripts
 import torch
 
 import acdmd
@@ -222,3 +223,27 @@ def test_scores_see_pictures_of_8_bits_and_gradients_do_not():
     near, prompts = (images + 0.4 / 255 * torch.rand(images.shape)).clamp(max=1), ["a circle", "a cross"]
     assert torch.equal(scorers.score(images, prompts)["clipscore"], scorers.score(near, prompts)["clipscore"])
     assert not torch.equal(scorers.differentiable(images, prompts)[0], scorers.differentiable(near, prompts)[0])
+
+
+def test_text_is_encoded_before_any_network_runs(tmp_path, monkeypatch):
+    """Encoders that wait on the CPU need room on the GPU: guidance's empty prompt, too, comes before activations do."""
+    velocity, encode, inside, encoded = models.Backbone.velocity, models.SD3.encode_texts, [], []
+
+    def run(*args, **kwargs):
+        inside.append(1)
+        v = velocity(*args, **kwargs)
+        inside.pop()
+        return v
+
+    def read(self, prompts):
+        assert not inside
+        encoded.extend(prompts)
+        return encode(self, prompts)
+
+    monkeypatch.setattr(models.Backbone, "velocity", run)
+    monkeypatch.setattr(models.SD3, "encode_texts", read)
+    test_scripts.stage_1(tmp_path / "one", "--steps", 2, "--guidance_scale", 1.5)
+    assert encoded.count("") == 1
+    encoded.clear()
+    test_scripts.stage_2(tmp_path / "two", tmp_path / "one/final", "--epochs", 1, "--rewards", "clipscore=1")
+    assert encoded.count("") == 1
