@@ -215,7 +215,7 @@ def main(args):
         k = int(torch.randint(1, len(sigmas), (1,), generator=g))  # the same in all micro-batches, on every rank
         picks = torch.randint(len(pairs), (batch,), generator=g).tolist()
         levels = [*sigmas[:k], 0.0 if args.plain_dmd else sigmas[k]]
-        # text encoders run here, once for all micro-batches; guidance wants ""
+        # text encoders run here, once for all micro-batches: the step's prompts, and guidance's empty one
         backbone.remember(["", *(pairs[picks[i]][0] for i in mine)])
         for part in parts:
             # .normal(name) -> [B, C, H, W], .uniform(name) -> [B]: fixed by seed, step, network, sample and name

@@ -375,7 +375,7 @@ def main(args):
         chosen = choose_steps(epoch, args.seed, [j for j in range(last) if args.step_weights[j]], C)
         picked = rewards.pick_prompts(pairs, n_groups, seeded(args.seed, epoch, "prompts"))
         prompts, metadata = zip(*(picked[i // K] for i in mine), strict=True)
-        # text encoders run here, once for all micro-batches; guidance wants ""
+        # text encoders run here, once for all micro-batches: the epoch's prompts, and guidance's empty one
         backbone.remember(["", *prompts])
 
         # 2) sample, 3) reward

@@ -459,11 +459,13 @@ def extrapolated(count, blocks):
     return total
 
 
-def counted(model, args, one, resolution, checkpointing, only="stage|sample", n=8):
+def counted(model, args, one, resolution, checkpointing, only="stage|sample", n=None):
     """Facts of the published network and of one of n images, {name: number}: bytes, FLOP of a forward, evaluations.
 
-    A little does not grow with n (adapters in the networks' precision), so that n should be near the batch asked for.
+    n: by default --batch_size, or 8. A little does not grow with it (adapters in the networks' precision), so that one
+    image's share is right near that batch.
     """
+    n = n or args.batch_size or 8
     dtype = getattr(torch, args.dtype)
     scorers = Transient(reward_bytes(tuple(args.rewards), resolution)) if args.rewards else None
 
@@ -540,13 +542,14 @@ def plan(model, args):
         encoding = max(0.0, offloaded - row["rewards"] * args.offload_rewards)
         free = 0.9 * args.gb - fixed
         fits = (n for n in range(1, 1025) if any(max(alive(n, how)[0], encoding) <= free for how in found))
-        work = {part: facts[f"stage {stage}, {part}, evaluations"] for part in PARTS[stage]}
-        if stage == 1:
-            images = one.steps * one.batch_size * 8
-            each = work["fake score"] + work["generator"] / one.fake_update_ratio
-        else:
-            images, each = 1000 * two["batch_size"] * two["batches"] * GPUS.get(model, math.nan), sum(work.values())
-        hours = images * each * facts["flops"] / (args.mfu * args.peak * 3600) if model in GPUS else None
+        hours, work = None, {part: facts[f"stage {stage}, {part}, evaluations"] for part in PARTS[stage]}
+        if model in GPUS:
+            if stage == 1:
+                images = one.steps * one.batch_size * 8
+                each = work["fake score"] + work["generator"] / one.fake_update_ratio
+            else:
+                images, each = 1000 * two["batch_size"] * two["batches"] * GPUS[model], sum(work.values())
+            hours = images * each * facts["flops"] / (args.mfu * args.peak * 3600)
         row |= {"stage": str(stage), "batch": batch, "largest": max(fits, default=0), "hours": hours}
         row["checkpointing"] = checkpointing
         row["host"] = args.gpus * (host + (sum(sizes) if stage == 2 and args.offload_rewards else 0.0))

@@ -76,9 +76,11 @@ def close(got, want, bound):
     return f"{max(gaps):.0e}"
 
 
-@pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-4), (torch.bfloat16, 0.2)), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("model", FAMILIES)
-def test_velocity_and_gradients(device, folders, on_cpu, record_property, model, dtype, bound):
+def test_velocity_and_gradients(device, folders, on_cpu, record_property, model, dtype):
+    in_bf16 = 0.2 if model == "sana" else 0.1  # SANA's attention has no softmax: .13 on a CPU
+    bound = 1e-4 if dtype == torch.float32 else in_bf16
     got = outcome(loaded(folders, model, device, dtype))
     record_property("largest difference", close(got, on_cpu(model), bound))
     assert dtype == torch.float32 or not torch.equal(got[0], on_cpu(model)[0])

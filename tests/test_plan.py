@@ -119,7 +119,7 @@ def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     facts, counted = {}, bench.counted
 
     def once(model, args, one, *how):
-        key = args.dtype, args.frozen_dtype, args.rank, *how[1:]
+        key = args.dtype, args.frozen_dtype, args.rank, args.batch_size, *how[1:]
         return facts[key] if key in facts else facts.setdefault(key, counted(model, args, one, *how))
 
     monkeypatch.setattr(bench, "counted", once)
@@ -161,11 +161,13 @@ def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     assert few["in"] != "last step" and few["rewards"] == 3.94 and few["frozen"] == 2 * rows["2"]["frozen"]
     assert rows["2"]["in"] == "last step"
     # a grid of 16 of 128 pixels is decoded at once (8 of 512), and of sample.py's of 1024 pixels 2 at a time
-    one = facts["bfloat16", None, 32, False]
+    one = facts["bfloat16", None, 32, None, False]
     grid = 16 * (one["sample, decoding"] + one["latents"]) / 1e9
     assert rows["1, grid"]["activations"] == rows["2, grid"]["activations"] == pytest.approx(grid)
     assert rows["sample.py"]["in"] == "decoding" and rows["sample.py"]["batch"] == 8
     assert rows["sample.py"]["adapters"] == pytest.approx(2 / 8 * rows["1"]["adapters"])
+    monkeypatch.delitem(bench.GPUS, "sd35")  # no published run, no hours
+    assert rows["2"]["hours"] > 0 and plan()["2"]["hours"] is None
     monkeypatch.setattr(bench, "plan", lambda *_: list(rows.values()))
     bench.print_plan(SimpleNamespace(model="sd35", **ARGS))
     printed = capsys.readouterr().out
