@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--eta", type=between(0, 1), default=0.9, help="CPS stochasticity, 0 ODE to 1 full re-noising; paper: 0.9")
     add("--gamma", type=between(0), default=0.01, help="weight of L_cons; paper: 0.01. 0: ablation without it")
     add("--consistency_batch", type=at_least(1), help="L_cons: on so many images of a micro-batch (default: all)")
-    add("--plain_dmd", action="store_true", help="ablation: match x0_hat at s = 0; with --eta 1 DMD2 (App. K)")
+    add("--plain_dmd", action="store_true", help="match x0_hat at s = 0; with --eta 1 --gamma 0 DMD2 (App. K)")
     add("--ema_decay", type=between(0, 1), default=0.99, help="paper: 0.99, every iteration")
     rewards.add_reward_flags(p, "iterations")
     models.add_run_flags(p, PRESETS, "out/acdmd", "iterations", every=500)
@@ -89,9 +89,9 @@ def renoise(x_s, sigma_s, sigma_t, z):
 
         x_t = a x_s + sigma_ts z,    a = (1-t)/(1-s),    sigma_ts^2 = t^2 - a^2 s^2
 
-    Why v* (App. D). x_s is itself noisy, so v = eps - x0 is unknown. But given x_t, v is linear in the score (2), and a
-    regression's target needs only the right mean: one sample of the score, -z / sigma_ts, stands in its place, and
-    E[v* | x_t] is v at x_t.
+    Why v* (App. D). x_s is itself noisy, so v = eps - x0 is unknown. But a regression's target needs no more than the
+    right mean given x_t. The score has such a sample (1), and v is linear in the score (2), so that sample put in its
+    place gives a v* with E[v* | x_t] = v at x_t (3, 4).
       1. x_t given x_s is Gaussian, so the score of p(x_t) is E[-z / sigma_ts | x_t]   (score through x_s).
       2. Rectified flow ties score and velocity: v = -(x_t + t score) / (1-t).
       3. The sample of 1 in 2, x_t = a x_s + sigma_ts z:   v* = -x_s/(1-s) + z (t/sigma_ts - sigma_ts) / (1-t).
@@ -120,9 +120,9 @@ def consistency_loss(predict, x_t, sigma_t, v_t, delta, eta, z_1, z_2):
     """L_cons = mean((h(x'_1, t') - h(x_t, t)) (h(x'_2, t') - h(x_t, t))),   h(x, sigma) = x - sigma v_phi(x, sigma).
 
     The optimal fake score is self-consistent: averaged over its own transition t -> t', h does not move (App. E).
-    The square of that average needs two independent transitions x'_1, x'_2; one alone would add its variance (App. F).
-    So an estimate may be negative.
-    t' may lie below s, where L_ac gives a sample no target.
+    So D = E[h(x', t')] - h(x_t, t) must vanish. D^2 is estimated by the product of two independent samples of D: one
+    squared would add its variance (App. F). A product may be negative, and so may a logged value.
+    L_ac trains above s alone; t' may lie below it, so L_cons reaches levels there too.
 
     predict(x, sigma) -> v_phi, called once on both transitions, [2B, C, H, W]; v_t = v_phi(x_t, sigma_t) with gradient;
     delta: [B] integer timesteps to go back; z_1, z_2: noise of the two CPS transitions. Gradients flow through the
@@ -200,6 +200,9 @@ def main(args):
     models.set_up_blocks(backbone, args.checkpointing, in_backward, args.compile)
 
     per_rank, sigmas = args.batch_size * args.batches, backbone.sigmas()
+    if sigmas[1] >= 0.98 and not args.plain_dmd:  # FLUX beyond 1,856 pixels a side: draw_t would fall below s
+        level = f"its first step ends at noise level {sigmas[1]:.3f}, and t by .98"
+        raise models.UserError(f"--resolution {backbone.resolution}: {level}; give a smaller one")
     batch = per_rank * run.world_size
     mine = range(run.rank * per_rank, (run.rank + 1) * per_rank)  # samples are numbered over all ranks
     parts = [mine[i : i + args.batch_size] for i in range(0, per_rank, args.batch_size)]
@@ -261,8 +264,8 @@ def main(args):
                 add_to(row, {f"loss/generator_k{k}": loss}, args.batches)
             row["grad_norm/generator"] = step_optimizer(optimizer, decay, run.world_size, args.skip_nonfinite)
 
-        # 4) EMA, also in iterations that leave the generator as it is: the published .99 is an iteration's. With the
-        # published ten of them a generator step, the average keeps .99^10 = .9 at each step, and so spans about ten
+        # 4) EMA, in every iteration, as the published .99 is meant, though the generator moves in every tenth alone:
+        # by generator steps the decay is .99^10 = .9, an average over about the last ten
         ema.update(step + 1)
         run.log(step, row)
 

@@ -69,14 +69,13 @@ def cps_mean(x, v, sigma, sigma_next, eta=0.0):
 def cps_step(x, v, sigma, sigma_next, eta=0.0, noise=None):
     """One step of coefficient-preserving sampling, x' = mu + s' sin(eta pi/2) z. eta 0: Euler; eta 1: full re-noising.
 
-    x, v, noise: [B, C, H, W]; sigma, sigma_next: floats or [B], in [0, 1]. noise is drawn here if needed and None.
-    At sigma_next = 0 the step is deterministic, x' = x0_hat. Returns float32.
+    x, v, noise: [B, C, H, W]; sigma, sigma_next: floats or [B], in [0, 1]. noise: needed where eta and sigma_next are
+    above 0; at sigma_next = 0 the step is deterministic, x' = x0_hat. Returns float32.
     """
     mean = cps_mean(x, v, sigma, sigma_next, eta)
     if eta == 0 or isinstance(sigma_next, float) and sigma_next == 0:
         return mean
-    noise = torch.randn_like(mean) if noise is None else noise.float()
-    return mean + per_sample(sigma_next, mean) * math.sin(eta * math.pi / 2) * noise
+    return mean + per_sample(sigma_next, mean) * math.sin(eta * math.pi / 2) * noise.float()
 
 
 FEW_STEPS = (1000, 750, 500, 250)  # raw timesteps of the four-step schedule, before the backbone's shift
@@ -135,8 +134,8 @@ class Noise:
 class EMA:
     """Exponential moving average: `average` follows `parameters`.
 
-    decay: fixed (stage 1), or with `warmup` min(decay, (1 + n) / (10 + n)) (stage 2). `update(n)` follows the n-th
-    optimiser step, n = 1, 2, ..., and acts when n + 1 is a multiple of `every` (the release's counting).
+    decay: fixed (stage 1), or with `warmup` min(decay, (1 + n) / (10 + n)) (stage 2). `update(n)` ends iteration or
+    epoch n = 1, 2, ...; it acts when n + 1 is a multiple of `every`, the release's counting: of 8, first at n = 7.
     """
 
     def __init__(self, parameters, average, decay, every=1, warmup=False):
@@ -305,8 +304,8 @@ class Backbone:
             return
         for encoder in self.encoders:
             encoder.to(self.device)
-        # A CPU takes one at a time: rounding must not depend on the neighbours, or a resumed run would differ in the
-        # last digit, as it may on a GPU. That takes eight: the logits of FLUX.2's encoder are a gigabyte then.
+        # On a CPU one at a time: rounding depends on the neighbours in a batch, and a resumed run has others. On a GPU
+        # eight, though the last digit may differ: the logits of FLUX.2's encoder are a gigabyte then.
         at_once = 1 if self.device.type == "cpu" else 8
         for part in (new[i : i + at_once] for i in range(0, len(new), at_once)):
             columns = {name: value.cpu().unbind() for name, value in self.encode_texts([*part]).items()}
@@ -551,8 +550,9 @@ class PRX(Backbone):
 
 CLASSROOM = Path(__file__).resolve().parent / "classroom"
 KLEIN = "black-forest-labs/FLUX.2-klein"
-# facts of each; settings are in a stage's PRESETS. resolution: pixels a side; pictures: of sample.py's, where others;
-# text_tokens: of T5, Qwen or Gemma; guidance: the teacher's; student: what the generator starts from, where other
+# facts of each; settings are in a stage's PRESETS. resolution: pixels a side in training; pictures: in sample.py, where
+# it differs; text_tokens: length for T5, Qwen or Gemma; guidance: the teacher's scale; student: the repo that the
+# generator starts from, where it differs
 BACKBONES = {
     "classroom": dict(family=SD3, repo=CLASSROOM / "teacher", resolution=64, text_tokens=2, guidance=2.0),  # T5 is mute
     "sana": dict(family=Sana, repo="Efficient-Large-Model/Sana_600M_512px_diffusers", resolution=512)
@@ -694,7 +694,7 @@ class Help(argparse.HelpFormatter):
     """Every flag with its value; `--model sd35 --help` shows sd35's."""
 
     def _get_help_string(self, action):
-        shown = action.default not in (None, False, argparse.SUPPRESS, [])
+        shown = action.default not in (None, argparse.SUPPRESS, []) and action.default is not False  # 0 is shown
         return action.help + (" [%(default)s]" if shown else "")
 
 
@@ -741,7 +741,8 @@ def parse_with_preset(p, presets, argv=None):
     p.set_defaults(**presets[known.model])
     own = {"out": p.get_default("out"), "resume": None}
     own |= {"teacher_lora": []} if known.teacher_lora else {}  # else what is given would follow the saved ones
-    if known.resume and (known.resume / "args.json").is_file():
+    checkpointed = known.resume and ((known.resume / "state.pt").is_file() or step_folders(known.resume))
+    if checkpointed and (known.resume / "args.json").is_file():  # else the run died before it had learned anything
         with contextlib.suppress(ValueError):  # a torn one is named when the checkpoint is read
             saved = json.loads((known.resume / "args.json").read_text())
             p.set_defaults(**{name: saved[name] for name in vars(known) if name in saved} | own)
@@ -754,7 +755,7 @@ def parse_with_preset(p, presets, argv=None):
         args.resume = None  # a job script's first start
     if args.resume and not args.resume.is_dir():  # else the run would make this folder
         p.error(f"--resume {args.resume}: no such folder; give a run folder or one of its step_NNNNNN")
-    if args.resume and args.out == p.get_default("out"):
+    if args.resume and not any(word.split("=")[0] == "--out" for word in argv):
         args.out = args.resume.parent if (args.resume / "state.pt").is_file() else args.resume
     return args
 
@@ -817,9 +818,10 @@ def run(main, args):
         if Run.bar:  # else it is drawn again below the message
             Run.bar.close()
         if not isinstance(error, UserError):
-            flags = "batch_size resolution checkpointing frozen_dtype offload_encoders offload_rewards offload_frozen"
+            flags = "batch_size consistency_batch last_step_batch resolution checkpointing frozen_dtype"
+            flags += " offload_encoders offload_rewards offload_frozen shard"
             flags = ", ".join(f"--{flag}" for flag in flags.split() if hasattr(args, flag))
-            error = f"out of memory: {first_line(error)} What helps, the first two smaller: {flags}"
+            error = f"out of memory: {first_line(error)} What helps (sizes smaller): {flags}"
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if dist.is_initialized():  # not after an error: it could wait for the others, who wait for this process
@@ -1414,9 +1416,9 @@ class Run:
         for step in run.steps("AC-DMD"):               from 0; after each one sample grid, checkpoint, stop, as due
             run.log(step, row)
 
-    An --out belongs to one process group at a time, and only what a run wrote is ever deleted. What a user can mend is
-    refused in the first line, before weights load: a folder in use, a run that is there already, a torn checkpoint or
-    one of another script or --rank, a missing package.
+    An --out belongs to one process group at a time, and only what a run wrote is ever deleted. The first of these calls
+    refuses what a user can mend, before weights load: a folder in use, a run that is there already, a torn checkpoint
+    or one of another script or --rank, a missing package.
     """
 
     lock = None  # open while this process trains in a folder; the system lets go of it however the process ends
@@ -1499,7 +1501,7 @@ class Run:
         return state
 
     def pin(self, flag, value):
-        """Parts of a value {part: number} that must be what they were when the run began, else the flag is refused."""
+        """Parts of a value {part: fingerprint} that must be what they were as the run began, or the flag is refused."""
         self.pinned[flag] = value
         was = self.state.get(flag) if self.state else None
         if isinstance(was, dict) and any(was.get(part, now) != now for part, now in value.items()):
@@ -1563,7 +1565,8 @@ class Run:
                 print(f"not as before step {self.start}: {flag} was {was}, is {settings.get(name)}")
         self.settings = json.dumps(settings, indent=2) + "\n"
         (self.out / "args.json").write_text(self.settings)
-        rows = self.log_file.read_text().splitlines() if self.start and self.log_file.is_file() else []
+        goes_on = self.state and self.state["folder"].resolve().parent == self.out  # else its rows are another run's
+        rows = self.log_file.read_text().splitlines() if goes_on and self.log_file.is_file() else []
         self.log_file.write_text("".join(row + "\n" for row in rows if step_of(row) <= self.start))
         for old in self.stale:
             shutil.rmtree(old)
@@ -1602,7 +1605,7 @@ class Run:
         self.save(self.total, final=True)
         for name in [name for name in self.networks if name.endswith("_ema")]:
             if not any(B.any() for B in adapter_parameters(self.networks[name], name)[1::2]):
-                self.print(f"{name} has not moved, and adds nothing: too few updates for its average (--ema_every)")
+                self.print(f"{name} has not moved, and adds nothing: its average had no update, raise --{self.count}")
         self.close(f"done: {self.args.out}/final")
 
     def interrupted(self, step):
@@ -1791,6 +1794,8 @@ class StopSignal:
     def _ask(self, number, frame):
         if self.asked and number == signal.SIGINT:
             raise SystemExit(1)
+        if not self.asked and os.environ.get("RANK", "0") == "0":  # a print could be interrupted by its like
+            os.write(2, b"\nstopping after this step, to save; Ctrl-C again stops at once and saves nothing\n")
         self.asked = True
 
     def agreed(self, world_size):

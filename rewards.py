@@ -953,7 +953,10 @@ def find_scorer(reward):
         return reward
     file, _, name = reward.rpartition(":")
     if not file.endswith(".py"):
-        raise UserError(f"unknown reward {reward!r}; allowed: {', '.join(SCORERS)}, or file.py:function of your own")
+        raise UserError(
+            f"unknown reward {reward!r}; allowed: {', '.join(SCORERS)}, or file.py:function of your own, "
+            "which is given again with --resume"
+        )
     if SCORERS.get(name) in CLASSES or name == "fd" or name.endswith("_error"):  # a log's own columns
         raise UserError(f"reward {reward}: {name} is a column of ours, give the function another name")
     file = models.path(file).resolve()
@@ -978,7 +981,7 @@ def load_file(file):
 
 @contextlib.contextmanager
 def undisturbed(folder):
-    """Run code of a user's own, with the files beside it importable; the process's state is given back."""
+    """Run code of a user's own, with the files beside it importable; torch's settings are ours again behind it."""
     grad, dtype, n = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     here, path = os.getcwd(), sys.path.copy()
     sys.path.insert(0, str(folder))
@@ -1350,20 +1353,27 @@ def check_prompts(pairs, columns, reward_dir=None, files=None):
     need = {SCORERS[find_scorer(name)] for name in columns}
     classes, colors = (shapes.SHAPES, shapes.COLORS) if is_classroom(reward_dir) else (COCO, COLORS)
     for number, (prompt, metadata) in enumerate(pairs, 1):
-        if GenEval in need:
-            wrong = geneval_fault(metadata, classes, colors)
-            if wrong:
-                raise UserError(f"prompt {number} ({prompt!r}) {wrong}")
-        if GenEval2 in need and not metadata.get("vqa_list"):
-            raise UserError(
-                f'prompt {number} ({prompt!r}) has no "vqa_list", which geneval2 needs: take geneval2_data.jsonl of '
-                "facebookresearch/GenEval2"
-            )
+        if GenEval in need and (wrong := geneval_fault(metadata, classes, colors)):
+            raise UserError(f"prompt {number} ({prompt!r}) {wrong}")
+        if GenEval2 in need and (wrong := geneval2_fault(metadata.get("vqa_list"))):
+            raise UserError(f"prompt {number} ({prompt!r}) {wrong}")
         if OCR in need:
             files, target = files or Weights(reward_dir), plain_letters("".join(quoted_texts(prompt)))
             for c in filter(str.isalnum, target):
                 if c not in files.characters and c.upper() not in files.characters:
                     raise UserError(f"prompt {number} ({prompt!r}): ocr's reader does not know the letter {c!r}")
+
+
+def geneval2_fault(questions):
+    """What is wrong with the "vqa_list" of one prompt, [[question, answer], ...], or None."""
+    if not isinstance(questions, list) or not questions:
+        return 'has no "vqa_list", which geneval2 needs: take geneval2_data.jsonl of facebookresearch/GenEval2'
+    for pair in questions:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            return f'has {pair} in its "vqa_list": write [question, answer]'
+        if pair[0].startswith("How many") and pair[1].lower() not in NUMBERS:
+            return f"has the answer {pair[1]!r} to {pair[0]!r}: write the number as a word, {', '.join(NUMBERS)}"
+    return None
 
 
 def geneval_fault(metadata, classes, colors):

@@ -15,8 +15,8 @@ An epoch:
 4. Fake score: one optimiser step of L_fake on the finished samples (s = 0).
 5. Generator, one optimiser step of
       L = 1/(C+1) [ policy_weight sum_j w_j L_policy,j + dm_weight L_G + bp_weight mean(relu(margin - R)) ]
-   L_policy,j: clipped policy gradient of chosen step j, w_j its --step_weights. L_G (the leash) and R (the reward
-   itself, differentiated) are of the last step's x0_hat.
+   L_policy,j: clipped policy gradient of chosen step j, a mean over the groups whose rewards differ; w_j: its
+   --step_weights. L_G (the leash) and R (the reward itself, differentiated) are of the last step's x0_hat.
 6. EMA of the trainable adapter.
 
 Stage 1's adapters stay, frozen, under fresh ones: generator = [distilled, rl], fake score = [fake, fake_rl].
@@ -40,9 +40,9 @@ from models import add_to, at_least, between, cps_mean, cps_step, per_sample, se
 DELTA_MAX = 200  # largest step back of L_cons, in timesteps; paper: 200
 CLIP_RANGE = 1e-5  # of the policy's ratio; paper: 1e-5
 PUBLISHED = "clipscore=1,hpsv2=1,pickscore=1,geneval=1"
-# The published weights, policy 1, dm 1e-3 and bp 1e-4, are not of like terms. The policy gradient follows noise, which
-# over a batch mostly cancels; L_G pulls on pictures more alike. What counts is the norm of an epoch's gradient, which
-# `tests/bench.py --signal` prints: the classroom's weights bring the three to one size (table in classroom/README.md).
+# The published weights, policy 1, dm 1e-3 and bp 1e-4, do not tell which term pulls hardest. An image's policy gradient
+# points along its own noise, so over a batch most of it cancels; gradients of L_G are alike and add up. What counts is
+# the norm of an epoch's gradient, which `tests/bench.py --signal` prints (the classroom's: classroom/README.md).
 # With the published rewards R is about 1.5 (CLIPScore, HPSv2, PickScore / 26), and a hinge with margin 3 just means -R.
 PRESETS = {
     "sana": dict(group_size=24, batch_size=9, batches=16),  # SD3.5's, not published for it; nor for prx
@@ -64,7 +64,7 @@ PRESETS = {
         lr_fake=4e-3,  # faster than the generator, or the leash lags and swings: classroom/LOG.md
         lr_decay=0.5,
         init_std=1 / 32,
-        step_weights=(0.0, 2.0, 1.0),  # the first step's noise decides no reward here: always the other two
+        step_weights=(0.0, 2.0, 1.0),  # the first step's noise decides little here: always the other two
         dm_weight=0.05,
         bp_weight=0.06,
         last_step_batch=12,
@@ -129,7 +129,8 @@ def parse_args(argv=None):
     if args.eta == 0:
         p.error("--eta 0: the policy gradient needs noise; allowed is above 0 to 1, the paper uses 0.9")
     if args.n_chosen > sum(map(bool, args.step_weights)):
-        p.error(f"--n_chosen {args.n_chosen}: --step_weights {args.step_weights} leaves fewer steps to choose from")
+        more = f"is more steps than --step_weights {','.join(map('{:g}'.format, args.step_weights))} has above 0"
+        p.error(f"--n_chosen {args.n_chosen} {more}: give --step_weights 1,1,1 or a smaller --n_chosen")
     if args.distilled is None:
         p.error("--distilled DIR is missing: the final/ folder of an acdmd.py run")
     for name in ("generator_ema", "fake"):
@@ -142,7 +143,7 @@ def parse_args(argv=None):
             p.error(f"--rewards: {name} is a function of yours; give its file again: --rewards FILE.py:{name}=...")
     if not (args.policy_weight or args.dm_weight or args.bp_weight):
         p.error("--policy_weight, --dm_weight and --bp_weight are all 0: nothing would train")
-    if args.bp_weight and not any(rewards.SCORERS[name].differentiable for name in args.rewards):
+    if args.bp_weight and not any(w and rewards.SCORERS[name].differentiable for name, w in args.rewards.items()):
         p.error("--bp_weight needs a differentiable reward such as clipscore in --rewards; or give --bp_weight 0")
     return args
 
@@ -299,16 +300,16 @@ def matching_gradient(backbone, cond, x0, noise, guidance_scale):
 
 
 def reward_gradient(backbone, scorers, prompts, about, x0, margin):
-    """({"loss/bp": mean(relu(margin - R)), "R": its mean}, the loss's gradient at x0); about: {prompt: its metadata}.
+    """({"loss/bp": mean(relu(margin - R)), "R": mean(R)}, gradient of loss/bp at x0); about: {prompt: its metadata}.
 
-    R [B]: the weighted differentiable rewards of the decoded x0.
-    Taken at x0, so that the activations of reward models and VAE are gone before the transformer's backward begins.
+    R [B]: the weighted differentiable rewards of the decoded x0. The chain stops at x0 and `main` carries it on, so
+    that the activations of reward models and VAE are gone before the transformer's backward begins.
     """
     x0 = x0.detach().requires_grad_()
     images = backbone.decode(x0)
-    R, slope = scorers.differentiable(images, prompts, [about[prompt] for prompt in prompts])
-    slope *= per_sample(-(R < margin).float() / len(R), slope)  # dloss/dimages = dloss/dR dR/dimages
-    return {"loss/bp": torch.relu(margin - R).mean(), "R": R.mean()}, torch.autograd.grad(images, x0, slope)[0]
+    R, dR_dimages = scorers.differentiable(images, prompts, [about[prompt] for prompt in prompts])
+    dloss_dimages = per_sample(-(R < margin).float() / len(R), images) * dR_dimages
+    return {"loss/bp": torch.relu(margin - R).mean(), "R": R.mean()}, torch.autograd.grad(images, x0, dloss_dimages)[0]
 
 
 def of_one_image(gradient):
@@ -352,7 +353,7 @@ def main(args):
     # images are numbered over all ranks: image i is of prompt i // K, and a group may straddle ranks
     mine = range(run.rank * per_rank, (run.rank + 1) * per_rank)
     parts = torch.arange(per_rank).split(args.batch_size)
-    # on the device, where no copy makes it wait: latents of every step, and their log-probabilities
+    # latents of every step and their log-probabilities; on the device, which copies to the CPU would make wait
     states = torch.empty(per_rank, len(sigmas), *backbone.latent_shape, device=run.device)
     old_log_prob = torch.empty(per_rank, last, device=run.device)
     scores = {name: torch.empty(per_rank) for name in weights}
@@ -362,10 +363,9 @@ def main(args):
     run.begin(backbone, pairs, {"generator": optimizer, "fake": optimizer_fake}, n_images)
 
     def select(epoch, prompts, part, *use):
-        """Prompts, text embeddings and noise of some of this rank's images."""
-        texts = [prompts[i] for i in part]
+        """Prompts and noise of some of this rank's images."""
         noise = models.Noise((args.seed, epoch, *use), [mine[i] for i in part], backbone.latent_shape, run.device)
-        return texts, backbone.encode(texts), noise
+        return [prompts[i] for i in part], noise
 
     for epoch in run.steps("RTDMD"):
         decay = models.linear_decay(epoch, args.epochs, args.lr_decay)
@@ -382,7 +382,7 @@ def main(args):
         for part in parts:
             if run.interrupted(epoch):
                 return
-            texts, _, noise = select(epoch, prompts, part)
+            texts, noise = select(epoch, prompts, part)
             x, log_prob = sample(backbone, texts, sigmas, chosen, args.eta, noise)  # x: [B, 5, C, H, W]
             here = to_device(part, run.device)  # the same rows, for tensors on the device
             states[here], old_log_prob[here] = x, log_prob
@@ -400,8 +400,8 @@ def main(args):
         # 4) fake score, on the finished samples
         if args.dm_weight:  # NOTE(paper): the release trains it also where nobody reads it
             for part in parts:
-                _, cond, noise = select(epoch, prompts, part, "fake")
-                x0 = states[to_device(part, run.device), -1]
+                texts, noise = select(epoch, prompts, part, "fake")
+                cond, x0 = backbone.encode(texts), states[to_device(part, run.device), -1]
                 x_t, sigma_t, z = noised(x0, noise)
                 v_fake = backbone.velocity("fake", x_t, sigma_t, cond)
                 loss = fake_score_loss(v_fake, x0, z, sigma_t)
@@ -416,8 +416,8 @@ def main(args):
         # 5) generator: the loss L of this file's docstring, term by term
         order = torch.randperm(per_rank, generator=seeded(args.seed, epoch, run.rank, "order"))
         for part in order.split(args.batch_size):
-            texts, cond, noise = select(epoch, prompts, part, "generator")
-            here = to_device(part, run.device)
+            texts, noise = select(epoch, prompts, part, "generator")
+            cond, here = backbone.encode(texts), to_device(part, run.device)
             x, old, A = states[here], old_log_prob[here], advantages[here]
             share = 1 / (args.batches * (C + 1))  # what a mean over this micro-batch weighs in L
 

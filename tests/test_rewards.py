@@ -1000,6 +1000,22 @@ def test_all_nine_in_one_run_and_the_same_on_two_processes(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "questions, said",
+    (
+        ([], 'has no "vqa_list", which geneval2 needs'),
+        ([["A dog?", "Yes"], ["A dog?"]], "has ['A dog?'] in its \"vqa_list\": write [question, answer]"),
+        ([["How many dogs?", 2]], 'in its "vqa_list": write [question, answer]'),
+        ([["How many dogs?", "12"]], "has the answer '12' to 'How many dogs?': write the number as a word, zero"),
+    ),
+)
+def test_geneval2s_questions_are_checked_before_any_weights_load(questions, said):
+    rewards.check_prompts([("dogs", {"vqa_list": [["How many dogs?", "Two"], ["A dog?", "Yes"]]})], ["geneval2"])
+    with pytest.raises(models.UserError) as refused:
+        rewards.check_prompts([("dogs", {"vqa_list": questions})], ["geneval2"])
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
     "flags, said",
     (
         (["--eval", "ocr=1", "--prompt", "a sign"], "ocr needs a text in straight double quotes"),

@@ -166,6 +166,12 @@ def test_lora_matrices_are_found_inside_what_a_trainer_saved(kind, tmp_path):
     assert models.fingerprint(tmp_path / "wrapped.pt") == models.fingerprint(tmp_path / "plain.pt")
 
 
+def test_levels_that_leave_no_room_for_t_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(models.Backbone, "sigmas", lambda self: [1.0, 0.987, 0.75, 0.5, 0.0])
+    with pytest.raises(models.UserError, match="--resolution 64: its first step ends at noise level 0.987"):
+        stage_1(tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # job scripts, schedulers, shares
 
@@ -180,6 +186,8 @@ def test_a_job_script_begins_and_goes_on_with_one_command(tmp_path, capsys):
     early.mkdir()
     for name in ("args.json", "log.jsonl"):
         shutil.copy(out / name, early)
+    settings = json.loads((early / "args.json").read_text())  # of then; the command is the one to follow
+    (early / "args.json").write_text(json.dumps(settings | {"lr": 0.5}))
     assert stage_1(early, "--resume", early, "--steps", 2, "--lr_decay", 0) == whole
     for flags in (
         ["--resume", str(tmp_path / "mistyped")],
@@ -190,8 +198,22 @@ def test_a_job_script_begins_and_goes_on_with_one_command(tmp_path, capsys):
         assert "mistyped: no such folder" in capsys.readouterr().err
 
 
+def test_a_run_that_branches_off_leaves_the_other_as_it_is(tmp_path, monkeypatch):
+    """Also into the folder that is the default; and rows of a run that died there are not this run's."""
+    monkeypatch.chdir(tmp_path)
+    stage_1("run", "--steps", 2, "--save_every", 1, "--lr_decay", 0)
+    default = acdmd.parse_args([]).out
+    default.mkdir(parents=True)
+    (default / "log.jsonl").write_text('{"step": 1, "lr": 0.5}\n')
+    branch = acdmd.parse_args(["--resume", "run/step_000001", "--out", str(default)])
+    assert branch.out == default and acdmd.parse_args(["--resume", "run/step_000001"]).out == Path("run")
+    acdmd.main(branch)
+    assert [row["step"] for row in log(default)] == [2] and [row["step"] for row in log(Path("run"))] == [1, 2]
+    assert {"step_000001", "step_000002", "final"} <= {p.name for p in Path("run").iterdir()}
+
+
 @pytest.mark.parametrize("name", ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU"))
-def test_every_signal_that_announces_the_end_saves(name, tmp_path, monkeypatch, capsys):
+def test_every_signal_that_announces_the_end_saves(name, tmp_path, monkeypatch, capfd):
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     step = acdmd.step_optimizer
     monkeypatch.setattr(
@@ -202,7 +224,8 @@ def test_every_signal_that_announces_the_end_saves(name, tmp_path, monkeypatch, 
     finally:
         for number in (signal.Signals[n] for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU")):
             signal.signal(number, before[number])
-    assert "stopped after step 1; go on with the same command" in capsys.readouterr().out
+    out, err = capfd.readouterr()
+    assert "stopped after step 1; go on with the same command" in out and err.count("stopping after this step") == 1
     assert models.read_checkpoint(tmp_path)["step"] == 1
 
 
