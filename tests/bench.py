@@ -489,8 +489,9 @@ def counted(model, args, one, resolution, checkpointing, only="stage|sample", n=
 # GB in bf16 of what encodes the text, from the published parameter counts: CLIP L .124, CLIP G .695, T5-XXL 4.762,
 # Qwen3 4B 4.022 and 8B 8.191, Gemma 2 2B (SANA's) and T5Gemma 2B's encoder (PRX's) 2.614 billion
 ENCODERS = {"sana": 5.23, "prx": 5.23, "sd3": 11.16, "sd35": 11.16, "flux1": 9.77, "flux2-4b": 8.04, "flux2-9b": 16.38}
-# GB of the scorers, which are float32, and in bf16 the two with a language model
-REWARDS = {"clipscore": 1.71, "aesthetic": 1.71, "hpsv2": 3.94, "pickscore": 3.94, "imagereward": 1.78, "ocr": 0.05}
+# GB of the scorers, which are float32, and in bf16 the two with a language model; geneval's and aesthetic's own, beside
+# the CLIP that clipscore, geneval and aesthetic share
+REWARDS = {"clipscore": 1.71, "hpsv2": 3.94, "pickscore": 3.94, "imagereward": 1.78, "ocr": 0.05}
 REWARDS |= {"geneval": 0.28, "hpsv3": 15.4, "geneval2": 17.6}
 GPUS = {"sd3": 16, "sd35": 8, "flux1": 32, "flux2-4b": 16, "flux2-9b": 32}  # of the published stage 2; of stage 1: 8
 
@@ -515,6 +516,7 @@ def plan(model, args):
     # GB of the encoders' weights that are on the GPU only while activations and offloaded rewards are not
     offloaded = encoders if args.offload_encoders else 0.0
     columns = {rewards.SCORERS[name].columns[0] for name in args.rewards}  # a scorer of two columns loads once
+    columns |= {"clipscore"} if columns & {"geneval", "aesthetic"} else set()
     sizes = [REWARDS.get(column, 0.0) for column in columns]
     host = facts["loaded"] / 1e9 + vae + encoders
     rows = []
@@ -703,10 +705,10 @@ def memory_now():
     return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9 if file.exists() else math.nan
 
 
-if __name__ == "__main__":
-    if "--signal" in sys.argv:
-        models.run(bench_signal.main, bench_signal.parse_args([word for word in sys.argv[1:] if word != "--signal"]))
-        raise SystemExit
+def parse_args(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--signal" in argv:
+        return bench_signal.parse_args([word for word in argv if word != "--signal"])
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", default="classroom", choices=models.BACKBONES)
     parser.add_argument(
@@ -749,7 +751,7 @@ if __name__ == "__main__":
         add("--mfu", type=models.between(0.01, 1), default=0.35, help="assumed share of the peak"),
         add("--peak", type=models.between(1e9), default=989e12, help="FLOP/s, an H100's in bf16"),
     ]
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     given = [flag.option_strings[0] for flag in of_plan if getattr(args, flag.dest) != flag.default]
     if given and not args.plan:
         parser.error(f"{', '.join(given)}: only of a plan; give --plan too")
@@ -761,4 +763,9 @@ if __name__ == "__main__":
         parser.error("--predict: give --random_weights too, and on a GPU --checkpointing on or off")
     if args.plan:
         args.dtype = args.dtype or "bfloat16"
-    models.run(print_plan if args.plan else main, args)
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    models.run(bench_signal.main if "--signal" in sys.argv else print_plan if args.plan else main, args)

@@ -210,13 +210,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False)
     everything = ",".join(dict.fromkeys(scorer.columns[0] for scorer in rewards.SCORERS.values()))
     parser.add_argument("--rewards", default=everything, help="default: all nine")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures")
-    parser.add_argument("--resolution", type=int, default=1024, help="pixels a side")
-    parser.add_argument("--repeat", type=int, default=5, help="timed calls")
+    parser.add_argument("--batch_size", type=models.at_least(1), default=8, help="pictures")
+    parser.add_argument("--resolution", type=models.at_least(1), default=1024, help="pixels a side")
+    parser.add_argument("--repeat", type=models.at_least(1), default=5, help="timed calls")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=models.path, help=".jsonl to append the rows to")
-    args = parser.parse_args()
-    for name in ("batch_size", "resolution", "repeat"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    models.run(main, args)
+    models.run(main, parser.parse_args())

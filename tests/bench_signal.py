@@ -3,8 +3,8 @@
     python tests/bench.py --signal                                                  the classroom, a few minutes
     python tests/bench.py --signal --model sd35 --distilled DIR --prompts FILE --rewards geneval=1,clipscore=1
 
-takes rtdmd.py's own flags. Nothing is trained: the gradient of `--epochs` epochs is taken at stage 2's first step and
-split by term. Of E gradients g_e of one term, each of a whole epoch:
+takes rtdmd.py's own flags, and runs its `main` for `--epochs` epochs in which no optimiser steps: each gradient is of
+stage 2's first step, and is split by term. Of E gradients g_e of one term, each of a whole epoch:
 
     norm     root of mean |g_e|^2, times the term's weight                        how far it pulls
     signal   (|sum g_e|^2 - sum |g_e|^2) / (E (E - 1)) over mean |g_e|^2          unbiased share of |E g|^2, 1 at most
@@ -17,9 +17,17 @@ The second table: of captions' pictures, the share of a reward's variance that i
 (intraclass correlation), less that of the step before. What a step does not decide its policy gradient cannot teach.
 """
 
+import contextlib
+import io
 import math
+import os
+import shutil
+import tempfile
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 import models
 import rewards
@@ -56,125 +64,91 @@ def intraclass(values):
     return (between / (between + within)).item() if between + within > 0 else math.nan
 
 
-class Signal:
-    """The classroom or a backbone with stage 1's adapters, and the draws of stage 2's first step."""
+def run_without_steps(args, last_step):
+    """({term: its gradients [E, P], weighed as in the loss}, backbone, scorers) of rtdmd.main without optimiser steps.
 
-    def __init__(self, args):
-        self.args = args
-        device = models.setup_distributed(args.device)[2]
-        dtype = getattr(torch, args.dtype)
-        self.backbone = models.load(args.model, args.weights, args.generator_weights, device, dtype, args.resolution)
-        models.put_below(self.backbone, args.teacher_lora)
-        self.backbone.roles |= {"generator": ("distilled", "rl"), "fake": ("fake",)}
-        frozen = models.load_adapter(self.backbone.student, "distilled", args.distilled / "generator_ema")
-        models.load_adapter(self.backbone.transformer, "fake", args.distilled / "fake")
-        init = models.seeded(args.seed, "init", "rl")
-        std = dict(init_std=args.init_std, generator=init)
-        self.parameters = models.add_adapter(self.backbone.student, "rl", len(frozen[0]), **std)
-        self.scorers = rewards.load_scorers(args.rewards, device, args.reward_dir, args.batch_size)
-        tasks = rtdmd.WEAK_TASKS
-        self.pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**tasks)
-        self.sigmas = self.backbone.sigmas()
+    Each term calls the generator's network with gradient once a micro-batch, and what comes until the next such call is
+    its own. last_step: the name of the last step's.
+    """
+    seen, gradients, own = SimpleNamespace(), {}, {}  # own: {term: its gradient of this epoch, so far}
+    velocity, score = models.Backbone.velocity, rewards.Scorers.score
 
-    def draw(self, epoch, prompts, chosen):
-        """(states, log-probabilities, {reward: [B]}) of one picture a prompt; an epoch of stage 2, micro-batch wise."""
-        parts = []
-        for part in torch.arange(len(prompts)).split(self.args.batch_size):
-            texts = [prompts[i][0] for i in part]
-            noise = models.Noise(
-                (self.args.seed, epoch), part.tolist(), self.backbone.latent_shape, self.backbone.device
-            )
-            x, log_prob = rtdmd.sample(self.backbone, texts, self.sigmas, chosen, self.args.eta, noise)
-            with torch.no_grad():
-                images = self.backbone.decode(x[:, -1])
-            parts.append((x, log_prob, self.scorers.score(images, texts, [prompts[i][1] for i in part])))
-        states, log_probs, scores = zip(*parts, strict=True)
-        return torch.cat(states), torch.cat(log_probs), {n: torch.cat([s[n] for s in scores]) for n in scores[0]}
+    def take():
+        if own:
+            parts = [(p, p.grad) for p in models.adapter_parameters(seen.backbone.student, "rl")]
+            own[seen.term] += torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in parts])
+            for p, _ in parts:
+                p.grad = None
 
-    def gradient(self, loss_of, n):
-        """Flat gradient [P] of the mean over n images of a term; loss_of(rows) calls backward on its share."""
-        for rows in torch.arange(n).split(self.args.batch_size):
-            loss_of(rows, len(rows) / n)
-        flat = torch.cat([p.grad.flatten() for p in self.parameters])
-        for p in self.parameters:
-            p.grad = None
-        return flat
+    def watched_velocity(backbone, role, x, sigma, *rest):
+        if role == "generator" and torch.is_grad_enabled():
+            seen.backbone = backbone
+            take()
+            sigmas = backbone.sigmas()
+            j = sigmas.index(sigma)
+            seen.term = last_step if j == len(sigmas) - 2 else f"policy, step to {sigmas[j + 1]:.2f}"
+            own.setdefault(seen.term, 0)
+        return velocity(backbone, role, x, sigma, *rest)
 
-    @torch.no_grad()
-    def parted(self, prompts, steps, walks=4, continuations=8):
-        """{reward: [prompts, walks, continuations]}: of each prompt so many walks of `steps` steps, each continued so
-        many times with noise of its own."""
-        shape, device, scores = self.backbone.latent_shape, self.backbone.device, []
-        for i, (text, metadata) in enumerate(prompts):
-            n = walks * continuations
-            own = models.Noise(("parted", i, steps), range(n), shape, device)
-            shared = models.Noise(("parted", i, steps, "shared"), [k // continuations for k in range(n)], shape, device)
-            x, cond = shared.normal("start"), self.backbone.encode([text] * n)
-            for j, sigma in enumerate(self.sigmas[:-1]):
-                v = self.backbone.velocity("generator", x, sigma, cond)
-                z = (shared if j < steps else own).normal("step", j)
-                x = models.cps_step(x, v, sigma, self.sigmas[j + 1], self.args.eta, z)
-            scores.append(self.scorers.score(self.backbone.decode(x), [text] * n, [metadata] * n))
-        return {name: torch.stack([s[name].view(walks, continuations) for s in scores]) for name in scores[0]}
+    def watched_score(scorers, *rest):
+        seen.scorers = scorers
+        return score(scorers, *rest)
 
-    def epoch(self, epoch, n_images):
-        """{term: its gradient [P] of one epoch, weighed as in the loss}."""
-        args, K, last = self.args, self.args.group_size, len(self.sigmas) - 2
-        chosen = rtdmd.choose_steps(epoch, args.seed, [j for j in range(last) if args.step_weights[j]], args.n_chosen)
-        picked = rewards.pick_prompts(self.pairs, n_images // K, models.seeded(args.seed, epoch, "prompts"))
-        prompts = [picked[i // K] for i in range(n_images)]
-        states, old, scores = self.draw(epoch, prompts, chosen)
-        grouped = {name: r.view(-1, K) for name, r in scores.items()}
-        advantages = rtdmd.group_advantages(grouped, args.rewards).flatten()
-        found = {}
+    def no_step(optimizer, decay, world_size, skip_nonfinite):
+        take()
+        for term, gradient in own.items():
+            if world_size > 1:
+                dist.all_reduce(gradient)
+            gradients.setdefault(term, []).append(gradient / world_size)
+        own.clear()
+        optimizer.zero_grad()  # the fake score's
+        return 0.0
 
-        def inputs(rows):
-            texts = [prompts[i][0] for i in rows]
-            return texts, self.backbone.encode(texts), states[rows]
-
-        for j in chosen:
-
-            def policy(rows, share, j=j):
-                _, cond, x = inputs(rows)
-                v = self.backbone.velocity("generator", x[:, j], self.sigmas[j], cond)
-                step = x[:, j + 1], x[:, j], v, self.sigmas[j], self.sigmas[j + 1], args.eta
-                loss = rtdmd.policy_loss(rtdmd.cps_log_prob(*step), old[rows, j], advantages[rows])
-                (args.policy_weight * args.step_weights[j] * share / (args.n_chosen + 1) * loss).backward()
-
-            found[f"policy, step to {self.sigmas[j + 1]:.2f}"] = self.gradient(policy, n_images)
-
-        def last_step(gradient_of, weight):
-            def loss_of(rows, share):
-                texts, cond, x = inputs(rows)
-                v = self.backbone.velocity("generator", x[:, last], self.sigmas[last], cond)
-                x0_hat = models.cps_step(x[:, last], v, self.sigmas[last], 0.0)
-                x0_hat.backward(weight * share / (args.n_chosen + 1) * gradient_of(texts, cond, x0_hat, rows))
-
-            return loss_of
-
-        def leash(texts, cond, x0_hat, rows):
-            key = args.seed, epoch, "generator"
-            noise = models.Noise(key, rows.tolist(), self.backbone.latent_shape, self.backbone.device)
-            return rtdmd.matching_gradient(self.backbone, cond, x0_hat, noise, args.guidance_scale)[1]
-
-        def reward(texts, cond, x0_hat, rows):
-            return rtdmd.reward_gradient(self.backbone, self.scorers, texts, dict(picked), x0_hat, args.reward_margin)[
-                1
-            ]
-
-        n = n_images * (args.last_step_batch or args.batch_size) // args.batch_size
-        found["leash (dm_weight)"] = self.gradient(last_step(leash, args.dm_weight), n)
-        if args.bp_weight:
-            found["back-propagation (bp_weight)"] = self.gradient(last_step(reward, args.bp_weight), n)
-        return found
+    watch = mock.patch.object
+    with watch(models.Backbone, "velocity", watched_velocity), watch(rewards.Scorers, "score", watched_score):
+        with watch(rtdmd, "step_optimizer", no_step), contextlib.redirect_stdout(io.StringIO()):
+            rtdmd.main(args)
+    return {term: torch.stack(of_term) for term, of_term in gradients.items()}, seen.backbone, seen.scorers
 
 
-def print_deciding(signal, pairs, tags):
+def split_gradients(args, world_size=1):
+    """({term: its gradients [E, P]}, backbone, scorers). Leash and reward share a backward, so they have a run each."""
+    folder = models.gather([tempfile.mkdtemp()], world_size)[0]  # the runs write there, and it goes
+    found, quiet = {}, dict(sample_every=0, save_every=args.epochs, eval_every=0, wandb=False)
+    without_reward = dict(bp_weight=0.0), "leash (dm_weight)"
+    reward_alone = dict(policy_weight=0.0, dm_weight=0.0), "back-propagation (bp_weight)"
+    for off, last_step in (without_reward, reward_alone):
+        own = SimpleNamespace(**vars(args) | quiet | off | {"out": os.path.join(folder, last_step[:5])})
+        if own.policy_weight or own.dm_weight or own.bp_weight:
+            gradients, *networks = run_without_steps(own, last_step)
+            found |= gradients
+    shutil.rmtree(folder, ignore_errors=True)
+    return found, *networks
+
+
+@torch.no_grad()
+def parted(backbone, scorers, prompts, steps, eta, walks=4, continuations=8):
+    """{reward: [prompts, walks, continuations]}: of each prompt so many walks of `steps` steps, each continued so many
+    times with noise of its own."""
+    shape, device, scores, sigmas = backbone.latent_shape, backbone.device, [], backbone.sigmas()
+    for i, (text, metadata) in enumerate(prompts):
+        n = walks * continuations
+        own = models.Noise(("parted", i, steps), range(n), shape, device)
+        shared = models.Noise(("parted", i, steps, "shared"), [k // continuations for k in range(n)], shape, device)
+        x, cond = shared.normal("start"), backbone.encode([text] * n)
+        for j, sigma in enumerate(sigmas[:-1]):
+            v = backbone.velocity("generator", x, sigma, cond)
+            x = models.cps_step(x, v, sigma, sigmas[j + 1], eta, (shared if j < steps else own).normal("step", j))
+        scores.append(scorers.score(backbone.decode(x), [text] * n, [metadata] * n))
+    return {name: torch.stack([s[name].view(walks, continuations) for s in scores]) for name in scores[0]}
+
+
+def print_deciding(backbone, scorers, pairs, tags, eta):
     """The second table: a row a reward and task type, a column a step."""
-    names = ["start", *(f"step to {s:.2f}" for s in signal.sigmas[1:-1])]
+    names = ["start", *(f"step to {s:.2f}" for s in backbone.sigmas()[1:-1])]
     shares = {}  # (reward, tag) -> cumulative shares
     for steps in models.tqdm(range(len(names)), "which step decides"):
-        scores = signal.parted(pairs, steps)
+        scores = parted(backbone, scorers, pairs, steps, eta)
         for name, values in scores.items():
             for tag in dict.fromkeys(["all", *tags]):
                 rows = [i for i, t in enumerate(tags) if tag in ("all", t)]
@@ -185,22 +159,24 @@ def print_deciding(signal, pairs, tags):
         print(f"| {name} | {tag} | " + " | ".join(f"{share:.2f}" for share in own) + " |")
 
 
-def main(args):
-    signal = Signal(args)
-    n_images = args.batch_size * args.batches
-    rewards.count_groups(signal.pairs, n_images, args.group_size)
-    gradients = {}
-    for epoch in models.tqdm(range(args.epochs), "epochs"):
-        for term, g in signal.epoch(epoch, n_images).items():
-            gradients.setdefault(term, []).append(g)
+def print_tables(args, found, n_images, backbone, scorers):
     print(f"{args.epochs} epochs of {n_images} images, group size {args.group_size}, rewards {args.rewards}")
     print("| term | norm | signal | images |\n|---|---|---|---|")
-    for term, of_term in sorted(gradients.items()):
-        norm, share = share_of_signal(torch.stack(of_term))
+    for term, gradients in sorted(found.items()):
+        norm, share = share_of_signal(gradients)
         images = f"{needed(n_images, share):.0f}" if share > 0 else "not seen"
         print(f"| {term} | {norm:.1e} | {share:+.4f} | {images} |")
+    pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**rtdmd.WEAK_TASKS)
     tasks = {}
-    for pair in rewards.pick_prompts(signal.pairs, len(signal.pairs), models.seeded(args.seed, "which step decides")):
+    for pair in rewards.pick_prompts(pairs, len(pairs), models.seeded(args.seed, "which step decides")):
         tasks.setdefault(pair[1].get("tag", "all"), []).append(pair)
     pairs = [pair for of_task in tasks.values() for pair in of_task[:CAPTIONS]]
-    print_deciding(signal, pairs, [pair[1].get("tag", "all") for pair in pairs])
+    print_deciding(backbone, scorers, pairs, [pair[1].get("tag", "all") for pair in pairs], args.eta)
+
+
+def main(args):
+    rank, world_size, _ = models.setup_distributed(args.device)
+    found, backbone, scorers = split_gradients(args, world_size)
+    n_images = args.batch_size * args.batches * world_size
+    with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
+        print_tables(args, found, n_images, backbone, scorers)

@@ -29,11 +29,11 @@ TABLE = {  # pattern of a command -> flags that make it small (the last of two a
     r"--help$": "prints the flags",
     r"--nnodes": PARSE,
     r"(acdmd|rtdmd|sample)\.py.* --model ": PARSE,  # published weights
-    r"tests/bench\.py --plan": "minutes; test_plan.py plans a small network",
-    r"tests/bench\.py --model": "a GPU",
+    r"tests/bench\.py --plan": PARSE,  # minutes; test_plan.py plans a small network
+    r"tests/bench\.py --model": PARSE,  # published sizes
     r"tests/bench_rewards\.py": "published sizes; test_rewards.py runs it on small networks",
     r"tests/bench\.py$": "minutes; test_backbones.py runs it on small networks",
-    r"tests/bench\.py --signal": "minutes; test_signal.py runs it on few pictures",
+    r"tests/bench\.py --signal": PARSE,  # minutes; test_signal.py runs it on few pictures
     r"torchrun.* acdmd\.py --device cpu": SMALL + "--steps 1",
     r"demo\.py": PARSE,  # test_scripts.py runs all of it
     r"pretrain\.py": PARSE,  # test_classroom.py runs all of it
@@ -44,7 +44,9 @@ TABLE = {  # pattern of a command -> flags that make it small (the last of two a
     r"python sample\.py": "--n_images 1",
     r"python classroom/prompts\.py": "--n 6",
 }
-PLACES = {".../": "out/classroom/", " DIR": " out/sd35/acdmd/final"}  # what a docstring leaves open
+PLACES = {".../": "out/classroom/", " DIR": " out/sd35/acdmd/final", " FILE": " captions.txt"}  # what is left open
+GPUS = (ROOT / "docs/gpus.md").read_text(encoding="utf-8")
+PLACES["$common"] = re.search(r'^common="(.+)"$', GPUS, re.M).group(1)
 
 
 def text_of(path):

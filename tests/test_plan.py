@@ -17,10 +17,7 @@ import models
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(num_layers=2, num_attention_heads=8, attention_head_dim=64, joint_attention_dim=256, sample_size=64)
 SMALL |= dict(caption_projection_dim=512, pooled_projection_dim=64, pos_embed_max_size=64, dual_attention_layers=(0,))
-ARGS = dict(resolution=None, checkpointing="auto", shard="none", offload_frozen=False, offload_encoders=False)
-ARGS |= dict(offload_rewards=False, last_step_batch=None, frozen_dtype=None, batch_size=None)
-ARGS |= dict(gb=80.0, gpus=1, mfu=0.35, peak=989e12, dtype="bfloat16", rank=32)
-ARGS |= dict(rewards=dict.fromkeys(("clipscore", "hpsv2", "pickscore", "geneval"), 1.0))
+ARGS = vars(bench.parse_args(["--plan"]))
 
 
 def backbone_on(device, model):
@@ -169,7 +166,7 @@ def test_a_plan_adds_up_and_says_what_fits(monkeypatch, capsys):
     monkeypatch.delitem(bench.GPUS, "sd35")  # no published run, no hours
     assert rows["2"]["hours"] > 0 and plan()["2"]["hours"] is None
     monkeypatch.setattr(bench, "plan", lambda *_: list(rows.values()))
-    bench.print_plan(SimpleNamespace(model="sd35", **ARGS))
+    bench.print_plan(SimpleNamespace(**ARGS | dict(model="sd35")))
     printed = capsys.readouterr().out
     assert "| sd35 | 2 |" in printed and "| sd35 | sample.py |" in printed
 
@@ -213,10 +210,10 @@ def test_flop_as_torch_counts_them_are_flop_by_hand(model, monkeypatch):
 def test_a_published_network_is_measured_beside_its_plan(monkeypatch, capsys, tmp_path):
     """A forward and backward of one FLUX.2 in 8 bits, whose layers never lie in memory in float32 all at once."""
     monkeypatch.setitem(bench.PUBLISHED, "flux2-4b", bench.PUBLISHED["flux2-4b"] | TINY["flux2-4b"])
-    flags = dict(only="velocity", frozen_dtype="float8_e4m3fn", dtype="float32", checkpointing="off", rank=4)
-    flags |= dict(random_weights=True, compile=False, predict=True, shard="none", warmup=0, repeat=1, device="cpu")
+    flags = "--model flux2-4b --random_weights --predict --only velocity --frozen_dtype float8_e4m3fn --dtype float32 "
+    flags += "--checkpointing off --rank 4 --resolution 64 --batch_size 1 --warmup 0 --repeat 1 --device cpu"
     file = tmp_path / "rows.jsonl"
-    bench.main(SimpleNamespace(model="flux2-4b", resolution=64, batch_size=1, out=file, **flags))
+    bench.main(bench.parse_args([*flags.split(), "--out", str(file)]))
     row, said = json.loads(file.read_text()), capsys.readouterr().out
     assert row["part"] == "velocity, generator" and row["grad_norm"] > 0 and "plan GB" in said
     hand, counted = re.search(r"([\d.e+]+) GFLOP a forward, ([\d.e+]+) by hand", said).groups()

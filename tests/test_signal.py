@@ -4,6 +4,11 @@ import bench_signal
 import pytest
 import torch
 
+import models
+import rtdmd
+
+SMALL = "--epochs 2 --batch_size 4 --batches 2 --group_size 2 --last_step_batch 2 --n_chosen 3 --step_weights 1,1,1"
+
 
 def test_signal_of_a_planted_gradient_is_found_and_twice_the_images_halve_the_noise():
     torch.manual_seed(0)
@@ -33,9 +38,33 @@ def test_a_step_decides_what_its_walks_have_in_common():
         assert share == pytest.approx(a**2 / (a**2 + b**2), abs=0.04)
 
 
+def test_the_terms_add_up_to_the_gradient_that_training_takes(tmp_path, monkeypatch):
+    found = bench_signal.split_gradients(bench_signal.parse_args(SMALL.split()))[0]
+    whole = []
+
+    def no_step(optimizer, *_):
+        if optimizer.defaults["weight_decay"]:  # the generator's
+            whole.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]))
+        optimizer.zero_grad()
+        return 0.0
+
+    monkeypatch.setattr(rtdmd, "step_optimizer", no_step)
+    flags = f"--distilled {models.CLASSROOM}/adapters/acdmd --out {tmp_path} --sample_every 0 --eval_every 0"
+    rtdmd.main(rtdmd.parse_args([*SMALL.split(), *flags.split()]))
+    assert len(found) == 5 and all(norm > 0 for g in found.values() for norm in g.norm(dim=1))
+    total = sum(found.values())
+    assert total.shape == (2, len(whole[0]))
+    assert (total - torch.stack(whole)).norm() < 1e-5 * total.norm()
+
+
+def test_a_term_that_is_off_has_no_row():
+    few = ["--epochs", "1", "--bp_weight", "0", "--step_weights", "0,2,1", "--n_chosen", "2"]
+    found = bench_signal.split_gradients(bench_signal.parse_args([*SMALL.split(), *few]))[0]
+    assert set(found) == {"policy, step to 0.75", "policy, step to 0.50", "leash (dm_weight)"}
+
+
 def test_the_classrooms_signal_is_printed(capsys):
-    small = "--epochs 2 --batch_size 4 --batches 1 --group_size 2 --last_step_batch 2 --n_chosen 3 --step_weights 1,1,1"
-    args = bench_signal.parse_args(small.split())
+    args = bench_signal.parse_args(SMALL.split())
     bench_signal.CAPTIONS, before = 1, bench_signal.CAPTIONS
     try:
         bench_signal.main(args)
@@ -44,4 +73,4 @@ def test_the_classrooms_signal_is_printed(capsys):
     out = capsys.readouterr().out
     terms = ["policy, step to 0.90", "policy, step to 0.75", "policy, step to 0.50", "leash (dm_weight)"]
     assert all(f"| {term} | " in out for term in (*terms, "back-propagation (bp_weight)"))
-    assert "2 epochs of 4 images" in out and "| geneval_strict | position | " in out
+    assert "2 epochs of 8 images" in out and "| geneval_strict | position | " in out
