@@ -1646,7 +1646,8 @@ class Run:
 
     def write_row(self, row):
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-        self.postfix |= {k: f"{v:.3g}" for k, v in row.items() if k.startswith(SHOWN)}
+        shown = [name for name in row if name.startswith(SHOWN) and not name.endswith("_error")]
+        self.postfix |= {name: f"{row[name]:.3g}" for name in shown}
         self.bar.set_postfix(self.postfix, refresh=False)
         if self.rank == 0:
             with named_failure(f"cannot write to {self.log_file}"), self.log_file.open("a") as file:

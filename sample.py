@@ -117,7 +117,7 @@ def generate(
     indices = range(len(prompts)) if indices is None else indices
     images = []
     quiet = len(prompts) <= batch_size
-    for b in tqdm(range(0, len(prompts), batch_size), "images", unit="batch", leave=False, disable=quiet):
+    for b in tqdm(range(0, len(prompts), batch_size), f"images, {role}", unit="batch", leave=False, disable=quiet):
         part = slice(b, b + batch_size)
         latents = models.sample_latents(backbone, prompts[part], sigmas, eta, guidance_scale, seed, indices[part], role)
         images.append(models.decode_all(backbone, latents))

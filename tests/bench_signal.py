@@ -1,6 +1,6 @@
 """How many images an epoch does stage 2 need? The signal in its gradient, and which step's noise decides a reward.
 
-    python tests/bench.py --signal                                                  the classroom, a few minutes
+    python tests/bench.py --signal                                                  the classroom, 5 to 10 minutes
     python tests/bench.py --signal --model sd35 --distilled DIR --prompts FILE --rewards geneval=1,clipscore=1
 
 takes rtdmd.py's own flags, and runs its `main` for `--epochs` epochs in which no optimiser steps: each gradient is of
@@ -10,11 +10,12 @@ stage 2's first step, and is split by term. Of E gradients g_e of one term, each
     signal   (|sum g_e|^2 - sum |g_e|^2) / (E (E - 1)) over mean |g_e|^2          unbiased share of |E g|^2, 1 at most
     images   images an epoch x (1 - signal) / signal                              at so many, signal equals noise
 
-`images` is the gradient noise scale (arXiv 1812.06162). Fewer images an epoch cost proportionally more epochs; more
-bring little.
+The signal's standard error (jackknife over epochs) stands behind it: where it is as large, take more epochs. `images`
+is the gradient noise scale (arXiv 1812.06162). Fewer images an epoch cost as many more epochs; more bring little.
 
 The second table: of captions' pictures, the share of a reward's variance that is between walks which part after a step
-(intraclass correlation), less that of the step before. What a step does not decide its policy gradient cannot teach.
+(intraclass correlation), less that of the step before; unbiased too, so that a small one may be negative. What a step
+does not decide its policy gradient cannot teach. Of the flags only those of networks, rewards and prompts count there.
 """
 
 import contextlib
@@ -41,14 +42,20 @@ def parse_args(argv):
     given = " ".join(argv)
     argv += [] if "--epochs" in given else ["--epochs", "20"]
     argv += [] if "--distilled" in given else ["--distilled", str(models.CLASSROOM / "adapters" / "acdmd")]
-    return rtdmd.parse_args(argv)
+    args = rtdmd.parse_args(argv)
+    if args.epochs < 3:
+        raise SystemExit(f"bench.py: error: --epochs {args.epochs}: --signal compares epochs, and needs 3 at least")
+    return args
 
 
 def share_of_signal(gradients):
-    """(norm, signal) of gradients [E, P] of as many epochs; signal is unbiased, so it may fall below 0."""
-    n, square = len(gradients), gradients.square().sum(1)
-    signal = (gradients.sum(0).square().sum() - square.sum()) / (n * (n - 1))
-    return square.mean().sqrt().item(), (signal / square.mean()).item()
+    """(norm, signal, its standard error) of gradients [E, P]; signal is unbiased, so it may fall below 0."""
+    n, square, along = len(gradients), gradients.square().sum(1), gradients @ gradients.sum(0)  # g_e sum g
+    total = along.sum()  # |sum g|^2
+    share = (total - square.sum()) / ((n - 1) * square.sum())
+    others = square.sum() - square  # and the same without each epoch
+    without = (total - 2 * along + square - others) / ((n - 2) * others)
+    return square.mean().sqrt().item(), share.item(), ((n - 1) * without.var(correction=0)).sqrt().item()
 
 
 def needed(images, signal):
@@ -162,10 +169,11 @@ def print_deciding(backbone, scorers, pairs, tags, eta):
 def print_tables(args, found, n_images, backbone, scorers):
     print(f"{args.epochs} epochs of {n_images} images, group size {args.group_size}, rewards {args.rewards}")
     print("| term | norm | signal | images |\n|---|---|---|---|")
-    for term, gradients in sorted(found.items()):
-        norm, share = share_of_signal(gradients)
+    for term, gradients in found.items():
+        norm, share, error = share_of_signal(gradients)
         images = f"{needed(n_images, share):.0f}" if share > 0 else "not seen"
-        print(f"| {term} | {norm:.1e} | {share:+.4f} | {images} |")
+        print(f"| {term} | {norm:.1e} | {share:+.3f} ± {error:.3f} | {images} |")
+    print("\nWhich step's noise decides a reward (share of variance):\n")
     pairs = rewards.read_prompts(args.prompts) if args.prompts else rewards.classroom_prompts(**rtdmd.WEAK_TASKS)
     tasks = {}
     for pair in rewards.pick_prompts(pairs, len(pairs), models.seeded(args.seed, "which step decides")):

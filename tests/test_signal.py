@@ -7,7 +7,7 @@ import torch
 import models
 import rtdmd
 
-SMALL = "--epochs 2 --batch_size 4 --batches 2 --group_size 2 --last_step_batch 2 --n_chosen 3 --step_weights 1,1,1"
+SMALL = "--epochs 3 --batch_size 4 --batches 2 --group_size 2 --last_step_batch 2 --n_chosen 3 --step_weights 1,1,1"
 
 
 def test_signal_of_a_planted_gradient_is_found_and_twice_the_images_halve_the_noise():
@@ -19,12 +19,16 @@ def test_signal_of_a_planted_gradient_is_found_and_twice_the_images_halve_the_no
         return mean + one_image / images**0.5 * torch.randn(epochs, 400)
 
     for images in (400, 800, 1600):
-        norm, signal = bench_signal.share_of_signal(of(images))
+        norm, signal, _ = bench_signal.share_of_signal(of(images))
         noise = 1600 / images
         assert norm == pytest.approx((1 + noise) ** 0.5, rel=0.01)
         assert signal == pytest.approx(1 / (1 + noise), rel=0.05)
         assert bench_signal.needed(images, signal) == pytest.approx(1600, rel=0.1)
     nothing = bench_signal.share_of_signal(of(400) - mean)[1]
+    draws = torch.tensor([bench_signal.share_of_signal(of(800, epochs=12)) for _ in range(300)])
+    assert draws[:, 2].mean() == pytest.approx(draws[:, 1].std().item(), rel=0.25)  # the error it tells
+    with pytest.raises(SystemExit, match="--epochs 2: --signal compares epochs, and needs 3 at least"):
+        bench_signal.parse_args(["--epochs", "2"])
     assert abs(nothing) < 0.003 and bench_signal.share_of_signal(mean.repeat(5, 1))[1] == pytest.approx(1)
 
 
@@ -53,12 +57,12 @@ def test_the_terms_add_up_to_the_gradient_that_training_takes(tmp_path, monkeypa
     rtdmd.main(rtdmd.parse_args([*SMALL.split(), *flags.split()]))
     assert len(found) == 5 and all(norm > 0 for g in found.values() for norm in g.norm(dim=1))
     total = sum(found.values())
-    assert total.shape == (2, len(whole[0]))
+    assert total.shape == (3, len(whole[0]))
     assert (total - torch.stack(whole)).norm() < 1e-5 * total.norm()
 
 
 def test_a_term_that_is_off_has_no_row():
-    few = ["--epochs", "1", "--bp_weight", "0", "--step_weights", "0,2,1", "--n_chosen", "2"]
+    few = ["--bp_weight", "0", "--step_weights", "0,2,1", "--n_chosen", "2"]
     found = bench_signal.split_gradients(bench_signal.parse_args([*SMALL.split(), *few]))[0]
     assert set(found) == {"policy, step to 0.75", "policy, step to 0.50", "leash (dm_weight)"}
 
@@ -73,4 +77,4 @@ def test_the_classrooms_signal_is_printed(capsys):
     out = capsys.readouterr().out
     terms = ["policy, step to 0.90", "policy, step to 0.75", "policy, step to 0.50", "leash (dm_weight)"]
     assert all(f"| {term} | " in out for term in (*terms, "back-propagation (bp_weight)"))
-    assert "2 epochs of 8 images" in out and "| geneval_strict | position | " in out
+    assert "3 epochs of 8 images" in out and "| geneval_strict | position | " in out
