@@ -201,7 +201,7 @@ def main(args):
 
     per_rank, sigmas = args.batch_size * args.batches, backbone.sigmas()
     if sigmas[1] >= 0.98 and not args.plain_dmd:  # FLUX beyond 1,856 pixels a side: draw_t would fall below s
-        level = f"its first step ends at noise level {sigmas[1]:.3f}, and t by .98"
+        level = f"its first step ends at noise level {sigmas[1]:.3f}; the fake score is trained from there to .98"
         raise models.UserError(f"--resolution {backbone.resolution}: {level}; give a smaller one")
     batch = per_rank * run.world_size
     mine = range(run.rank * per_rank, (run.rank + 1) * per_rank)  # samples are numbered over all ranks

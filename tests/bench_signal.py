@@ -19,10 +19,9 @@ does not decide its policy gradient cannot teach. Of the flags only those of net
 """
 
 import contextlib
+import gc
 import io
 import math
-import os
-import shutil
 import tempfile
 from types import SimpleNamespace
 from unittest import mock
@@ -120,16 +119,17 @@ def run_without_steps(args, last_step):
 
 def split_gradients(args, world_size=1):
     """({term: its gradients [E, P]}, backbone, scorers). Leash and reward share a backward, so they have a run each."""
-    folder = models.gather([tempfile.mkdtemp()], world_size)[0]  # the runs write there, and it goes
-    found, quiet = {}, dict(sample_every=0, save_every=args.epochs, eval_every=0, wandb=False)
+    found, networks, quiet = {}, (), dict(sample_every=0, save_every=args.epochs, eval_every=0, wandb=False)
     without_reward = dict(bp_weight=0.0), "leash (dm_weight)"
     reward_alone = dict(policy_weight=0.0, dm_weight=0.0), "back-propagation (bp_weight)"
     for off, last_step in (without_reward, reward_alone):
-        own = SimpleNamespace(**vars(args) | quiet | off | {"out": os.path.join(folder, last_step[:5])})
-        if own.policy_weight or own.dm_weight or own.bp_weight:
-            gradients, *networks = run_without_steps(own, last_step)
-            found |= gradients
-    shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as folder:  # the run writes to the first process's
+            own = SimpleNamespace(**vars(args) | quiet | off | {"out": models.gather([folder], world_size)[0]})
+            if own.policy_weight or own.dm_weight or own.bp_weight:
+                networks = ()  # of the run before, gone before the next ones load
+                gc.collect()
+                gradients, *networks = run_without_steps(own, last_step)
+                found |= gradients
     return found, *networks
 
 

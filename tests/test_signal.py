@@ -1,5 +1,7 @@
 """bench.py --signal: what it says of planted gradients and rewards, and that it runs on the classroom."""
 
+import weakref
+
 import bench_signal
 import pytest
 import torch
@@ -43,7 +45,19 @@ def test_a_step_decides_what_its_walks_have_in_common():
 
 
 def test_the_terms_add_up_to_the_gradient_that_training_takes(tmp_path, monkeypatch):
+    """And the networks of one of its runs are gone as those of the next load."""
+    load, alive = models.load, []
+
+    def watched_load(*sources, **options):
+        assert not any(network() for network in alive)
+        backbone = load(*sources, **options)
+        alive.append(weakref.ref(backbone.transformer))
+        return backbone
+
+    monkeypatch.setattr(models, "load", watched_load)
     found = bench_signal.split_gradients(bench_signal.parse_args(SMALL.split()))[0]
+    monkeypatch.setattr(models, "load", load)
+    assert len(alive) == 2
     whole = []
 
     def no_step(optimizer, *_):
